@@ -1,0 +1,124 @@
+"""How many slots each head keeps: any threshold or global top-k is "counts" plus "top-k inside".
+
+Every allocator returns exact counts: a layer's counts add up to at most heads x budget, a model's
+to at most layers x heads x budget, whatever ties there are (they break by index).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvsieve.errors import RecipeError
+from kvsieve.interfaces import Round, Scope
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every head of every layer keeps the same number of slots."""
+
+    scope: Scope = Scope.HEAD
+
+    def allocate(self, scores: list[Tensor], round: Round) -> list[Tensor]:
+        """Return ``min(budget, live)`` for every head; scores are not looked at."""
+        return [torch.minimum(live, round.budgets[:, None]) for live in round.live]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pyramid:
+    """Budgets fall linearly from the first to the last layer (PyramidKV, arXiv 2406.02069).
+
+    With c the mean budget, W the window, n slots in the layer:
+    ``least = (c - W) / beta``, ``most = 2 (c - W) - least``; where ``most > n - W`` it is cut to
+    ``n - W`` and ``least`` takes the rest. Layer l keeps ``W + most - l (most - least) / (L - 1)``,
+    rounded so that all layers together keep exactly ``L c``. A row whose pyramid does not fit
+    (``n >= most >= least >= W`` fails) keeps c in every layer.
+    """
+
+    beta: float = 20.0
+    scope: Scope = Scope.HEAD
+
+    def __post_init__(self) -> None:
+        if self.beta < 1:
+            raise RecipeError(f"Pyramid(beta={self.beta}): beta must be 1 or more.")
+
+    def allocate(self, scores: list[Tensor], round: Round) -> list[Tensor]:
+        """Return each layer's own budget, the same for its heads."""
+        counts = []
+        for layer, live in zip(round.layers, round.live, strict=True):
+            slots = live.amax(1).tolist()
+            budgets = [
+                self.layer_budget(layer, round.layer_count, int(c), n, round.window)
+                for c, n in zip(round.budgets.tolist(), slots, strict=True)
+            ]
+            counts.append(torch.minimum(live, torch.tensor(budgets)[:, None]))
+        return counts
+
+    def layer_budget(self, layer: int, layers: int, mean: int, slots: int, window: int) -> int:
+        """Return the slots per head of one layer, the window included."""
+        free = mean - window
+        least = free / self.beta
+        most = 2 * free - least
+        if most >= slots - window:
+            most = slots - window
+            least = 2 * free - most
+        if layers == 1 or not slots >= most >= least >= window:
+            return mean
+        slope = (most - least) / (layers - 1)
+
+        def total_before(upto: int) -> int:
+            # Rounded running totals: the layers add up to L c exactly.
+            return int(upto * most - slope * upto * (upto - 1) / 2 + 1e-6)
+
+        return window + total_before(layer + 1) - total_before(layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """One top-k over all heads of a layer, or of the model; heads share unevenly.
+
+    ``floor``: every head keeps at least the share ``floor`` of the mean budget, taken from its
+    own best slots (AdaKV's safeguard, arXiv 2407.11550; 0.2 in the paper).
+    """
+
+    scope: Scope = Scope.LAYER
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scope is Scope.HEAD:
+            raise RecipeError("TopK over one head is Uniform; use scope LAYER or MODEL.")
+        if not 0 <= self.floor <= 1:
+            raise RecipeError(f"TopK(floor={self.floor}): the floor is a share from 0 to 1.")
+
+    def allocate(self, scores: list[Tensor], round: Round) -> list[Tensor]:
+        """Count how many of the scope's best ``heads x budget`` slots each head owns."""
+        raised = [self._raise_floor(score, round) for score in scores]
+        flat = torch.cat([score.flatten(1) for score in raised], 1)
+        heads = sum(score.shape[1] for score in scores)
+        live = torch.stack([count.sum(1) for count in round.live]).sum(0)
+        allowed = torch.minimum(round.budgets * heads, live)
+        chosen = top_mask(flat, allowed.to(flat.device))
+        parts = chosen.split([score[0].numel() for score in scores], 1)
+        return [
+            part.view(score.shape).sum(-1).cpu() for part, score in zip(parts, scores, strict=True)
+        ]
+
+    def _raise_floor(self, score: Tensor, round: Round) -> Tensor:
+        guaranteed = (round.budgets * self.floor).long()
+        if not bool((guaranteed > 0).any()):
+            return score
+        safe = top_mask(score, guaranteed.to(score.device)[:, None])
+        return score.masked_fill(safe & (score > -torch.inf), torch.inf)
+
+
+def top_mask(scores: Tensor, counts: Tensor) -> Tensor:
+    """Mark the ``counts`` highest entries along the last axis; ties go to the earlier index.
+
+    ``scores [..., S]``, ``counts [...]`` (broadcastable to the leading axes) -> bool ``[..., S]``.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(scores.shape[-1], device=scores.device)
+    inside = (rank < counts.unsqueeze(-1)).expand(scores.shape)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, inside)

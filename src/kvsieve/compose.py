@@ -1,0 +1,201 @@
+"""A recipe: the parts, the budget, and what is protected, checked together."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvsieve.allocators import TopK, Uniform
+from kvsieve.budget import Budget
+from kvsieve.compressors import Evict
+from kvsieve.errors import BudgetError, RecipeError, UnsupportedLayout, choices
+from kvsieve.interfaces import Allocator, Compressor, Schedule, Scope, Scorer, Signal
+from kvsieve.registry import find
+from kvsieve.schedules import parse_schedule
+from kvsieve.store import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Scorer -> Allocator -> Compressor, when the Schedule says so, on a Store.
+
+    ``sinks``: first tokens of each row that stay; ``recent``: last tokens that stay, a number or
+    (as a float) a share of the budget; ``protect``: spans ``(start, end)`` of token indices that
+    stay, e.g. a system prompt. Protected slots count against the budget. A recipe without a scorer
+    never compresses.
+    """
+
+    method: str
+    scorer: Scorer | None = None
+    allocator: Allocator = field(default_factory=Uniform)
+    compressor: Compressor = field(default_factory=Evict)
+    schedule: Schedule | None = None
+    budget: Budget | None = None
+    layout: Layout = "dense"
+    sinks: int = 0
+    recent: int | float = 0
+    protect: tuple[tuple[int, int], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("dense", "ragged"):
+            raise UnsupportedLayout(
+                f"Unknown layout {self.layout!r}. {choices(str(self.layout), ('dense', 'ragged'))}"
+            )
+        if self.sinks < 0 or self.recent < 0:
+            raise RecipeError("sinks and recent count protected tokens: they can't be negative.")
+        for span in self.protect:
+            if len(span) != 2 or not 0 <= span[0] < span[1]:
+                raise RecipeError(
+                    f"protect has {span!r}: give spans (start, end) of token indices, start < end."
+                )
+        if self.budget is not None and self.budget.kind == "slots":
+            self.check_room(int(self.budget.value))
+
+    @property
+    def compresses(self) -> bool:
+        return self.scorer is not None
+
+    @property
+    def scope(self) -> Scope:
+        return self.allocator.scope
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Everything that the parts need an engine to show."""
+        if self.scorer is None:
+            return frozenset()
+        window = {Signal.QUERY_WINDOW} if self.scorer.window else set()
+        return self.scorer.needs | self.compressor.needs | window
+
+    def recent_slots(self, budget: int) -> int:
+        """Return how many recent tokens are protected within a budget of that many slots."""
+        return int(self.recent * budget) if isinstance(self.recent, float) else self.recent
+
+    def check_room(self, budget: int, length: int | None = None) -> None:
+        """Check that a budget leaves room beside what is protected, in a row of ``length`` tokens.
+
+        Raises:
+            BudgetError: sinks, recent tokens and protected spans fill the budget.
+        """
+        if self.scorer is None:
+            return
+        recent = self.recent_slots(budget)
+        spans = sum(end - start for start, end in self.protect)
+        held = self.sinks + recent + spans
+        if length is not None:
+            if length <= budget:
+                return
+            held = self._protected(length, recent)
+        if held >= budget:
+            raise BudgetError(
+                f"A budget of {budget} slots per head leaves no room beside what is protected: "
+                f"{self.sinks} sinks, {recent} recent tokens, {spans} in protected spans. "
+                f"Use a budget above {held} slots, or protect less "
+                f"(options sinks, recent, protect{', window' if self.scorer.window else ''})."
+            )
+
+    def _protected(self, length: int, recent: int) -> int:
+        inside = set(range(min(self.sinks, length))) | set(range(max(0, length - recent), length))
+        for start, end in self.protect:
+            inside |= set(range(start, min(end, length)))
+        return len(inside)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values from which ``from_dict`` builds the same recipe."""
+        plain: dict[str, Any] = {"method": self.method}
+        if self.budget is not None:
+            plain["budget"] = self.budget.plain()
+        return plain | dict(self.options)
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from ``to_dict``'s form.
+
+        Raises:
+            RecipeError: no method named, or an option that doesn't exist.
+        """
+        options = dict(plain)
+        if "method" not in options:
+            raise RecipeError(f"A recipe needs a 'method'; got {sorted(options)}.")
+        return recipe(options.pop("method"), **options)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Recipe:
+        """Build a recipe from a TOML file of the same keys."""
+        try:
+            return cls.from_dict(tomllib.loads(Path(path).read_text("utf-8")))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise RecipeError(f"Can't read the recipe {str(path)!r}: {error}") from error
+
+
+COMMON = ("schedule", "layout", "sinks", "recent", "protect")
+
+
+def recipe(
+    name: str, *, budget: int | float | str | Budget | None = None, **options: Any
+) -> Recipe:
+    """Build a method's recipe.
+
+    Args:
+        name: a method of ``kvsieve methods``.
+        budget: slots per head (int), fraction kept (float or "10%") or bytes ("2GiB").
+        options: the method's own options, and for every method ``schedule``, ``layout``,
+            ``sinks``, ``recent``, ``protect``.
+
+    Raises:
+        UnknownMethod: no such method (with near matches).
+        BudgetError: a missing or impossible budget.
+        RecipeError: an unknown option or a value it can't have.
+    """
+    found = find(name)
+    for option in options:
+        if option not in COMMON and option not in found.options() and not found.wraps:
+            possible = [*found.options(), *COMMON]
+            raise RecipeError(
+                f"Method {name!r} has no option {option!r}. {choices(option, possible)}"
+            )
+    common = {key: options[key] for key in COMMON if key in options and key not in found.options()}
+    own = {key: value for key, value in options.items() if key not in common}
+    built = found.build(**own)
+    if not built.compresses:
+        if budget is not None:
+            raise BudgetError(f"Method {name!r} removes nothing and takes no budget.")
+        return dataclasses.replace(built, options=options)
+    if budget is None:
+        raise BudgetError(
+            f"Method {name!r} needs a budget: slots (1024), a fraction kept (0.1 or '10%') "
+            "or bytes ('2GiB')."
+        )
+    return _finish(built, Budget.parse(budget), common, options)
+
+
+def _finish(
+    built: Recipe, budget: Budget, common: dict[str, Any], options: dict[str, Any]
+) -> Recipe:
+    if "schedule" in common:
+        common["schedule"] = parse_schedule(common["schedule"])
+    if "protect" in common:
+        common["protect"] = _spans(common["protect"])
+    layout = common.pop("layout", built.layout)
+    finished = dataclasses.replace(built, budget=budget, layout=layout, options=options, **common)
+    uneven = isinstance(finished.allocator, TopK)
+    if uneven and layout == "dense" and "layout" in options:
+        raise UnsupportedLayout(
+            f"{built.method!r} gives heads unequal numbers of slots, which a dense layout can't "
+            "free. Use layout='ragged', or a method with scope 'head'."
+        )
+    return finished
+
+
+def _spans(given: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple((int(start), int(end)) for start, end in given)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(
+            f"protect={given!r}: give a list of spans (start, end) of token indices."
+        ) from error

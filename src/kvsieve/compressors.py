@@ -1,0 +1,69 @@
+"""What happens to slots that may not stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvsieve.allocators import top_mask
+from kvsieve.errors import RecipeError
+from kvsieve.interfaces import Signal
+from kvsieve.scoring import projected_l1
+from kvsieve.step import Step
+from kvsieve.store import Store
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Drop everything but the highest-scored slots of each head; survivors stay in order."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset()
+
+    def compress(self, step: Step, store: Store, scores: Tensor, counts: Tensor) -> None:
+        """Keep the ``counts [B, H]`` best of ``scores [B, H, S]``; ties go to the earlier slot."""
+        keep_best(store, scores, counts)
+
+
+def keep_best(store: Store, scores: Tensor, counts: Tensor) -> None:
+    """Keep the best ``counts`` slots of every head, in slot order."""
+    chosen = top_mask(scores, counts.to(scores.device))
+    # Unchosen slots sort behind the chosen ones; the store reads only the first `counts`.
+    slots = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
+    ordered = slots.masked_fill(~chosen, scores.shape[-1]).sort(-1).values
+    width = int(counts.max()) if counts.numel() else 0
+    store.keep(ordered[..., :width].clamp_max(scores.shape[-1] - 1), counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoStage:
+    """Keep a first share by score, the rest by score times projected value (CriticalKV).
+
+    ``first``: share of a head's slots that the score alone decides; ``floor``: the least number
+    decided so, as a share of the mean count; ``epsilon``: added to scores in the second stage.
+    """
+
+    first: float = 0.5
+    epsilon: float = 1e-4
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= 1:
+            raise RecipeError(f"first={self.first}: the first stage is a share from 0 to 1.")
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal.W_O, Signal.VALUES})
+
+    def compress(self, step: Step, store: Store, scores: Tensor, counts: Tensor) -> None:
+        """Keep ``counts [B, H]`` slots in two stages; protected slots (+inf) always stay."""
+        mean = counts.sum(1, keepdim=True) / counts.shape[1]
+        certain = torch.maximum((counts * self.first).long(), (mean * self.floor).long())
+        first = top_mask(scores, torch.minimum(certain, counts).to(scores.device))
+        weighted = (scores + self.epsilon) * projected_l1(step, store)
+        # Infinite scores stay what they are: protected, or no slot at all.
+        weighted = torch.where(scores.isinf(), scores, weighted)
+        keep_best(store, weighted.masked_fill(first & ~scores.isneginf(), torch.inf), counts)

@@ -1,0 +1,1 @@
+"""Engine adapters: thin layers between an inference engine and a session."""

@@ -1,0 +1,225 @@
+"""Attaching a recipe to a model: one attention name, two hooks on the decoder, all of it undone.
+
+No model class is changed. A forward hook sees every forward begin and end, turns the fresh cache
+that ``generate`` made into a compressed one, and takes the padding mask; what attention needs
+travels through the cache layer's ``update``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache as StockCache
+from transformers.cache_utils import DynamicCache
+
+from kvsieve.compose import Recipe
+from kvsieve.engines.transformers.attention import NAME, Active, active, register
+from kvsieve.engines.transformers.inspection import ModelView
+from kvsieve.engines.transformers.layer import SieveLayer
+from kvsieve.errors import EngineError
+from kvsieve.session import Session
+
+
+class Installation:
+    """The hooks on one model, shared by every run and cache that uses it."""
+
+    def __init__(self, view: ModelView) -> None:
+        self.view = view
+        self.users = 0
+        self.fresh: Any = None  # called with the layers of a new stock cache; None: not attached
+
+    def acquire(self) -> None:
+        """Switch the model over at the first user."""
+        if self.users == 0:
+            register()
+            self._original = self.view.model.config._attn_implementation
+            self.view.model.set_attn_implementation(NAME)
+            decoder = self.view.decoder
+            self._hooks = [
+                decoder.register_forward_pre_hook(self._before, with_kwargs=True),
+                decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+        self.users += 1
+
+    def release(self) -> None:
+        """Switch it back after the last one."""
+        self.users -= 1
+        if self.users == 0:
+            for hook in self._hooks:
+                hook.remove()
+            self.view.model.set_attn_implementation(self._original)
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def _before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            names = list(inspect.signature(decoder.forward).parameters)
+            kwargs = dict(zip(names, args, strict=False)) | kwargs
+        cache = kwargs.get("past_key_values")
+        if cache is None and self.fresh is not None and self._wants_cache(kwargs):
+            cache = kwargs["past_key_values"] = DynamicCache(config=self.view.config)
+        session = self._session_of(cache)
+        token = active.set(None if session is None else Active(session))
+        self._stack.append((session, token, kwargs))
+        if session is not None:
+            try:
+                self._begin(session, kwargs)
+            except BaseException:
+                # Hooks that should always run do not run for a pre-hook that failed.
+                self._leave()
+                raise
+        return (), kwargs
+
+    def _wants_cache(self, kwargs: dict[str, Any]) -> bool:
+        wanted = kwargs.get("use_cache")
+        return bool(getattr(self.view.config, "use_cache", True) if wanted is None else wanted)
+
+    @property
+    def _stack(self) -> list[Any]:
+        if not hasattr(self, "_forwards"):
+            self._forwards: list[Any] = []
+        return self._forwards
+
+    def _leave(self) -> tuple[Session | None, dict[str, Any]]:
+        session, token, kwargs = self._stack.pop()
+        active.reset(token)
+        return session, kwargs
+
+    def _after(self, decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self._stack:
+            return
+        session = self._stack[-1][0]
+        if session is None or output is None:
+            self._leave()
+            if session is not None:
+                session.abandon()
+            return
+        try:
+            session.end(lambda ids, positions: self._repeat(session, ids, positions))
+        except BaseException:
+            session.abandon()
+            raise
+        finally:
+            self._leave()
+
+    def _repeat(self, session: Session, ids: Tensor, positions: Tensor) -> None:
+        """Feed tokens again at ``positions [B, R]``, with the session's cache, keeping nothing."""
+        _, _, kwargs = self._stack[-1]
+        offset = session.offset
+        if offset is not None:
+            positions = positions + offset.to(positions.device)[:, None]
+        with torch.no_grad():
+            self.view.decoder(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=kwargs["past_key_values"],
+                use_cache=True,
+            )
+
+    # -- caches --------------------------------------------------------------------------------
+
+    def _session_of(self, cache: Any) -> Session | None:
+        if cache is None:
+            return None
+        found = session_of(cache)
+        if found is not None:
+            if len(cache.layers) != len(self.view.types):
+                raise EngineError("This cache was built for another model.")
+            return found
+        if self.fresh is None:
+            return None
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            raise EngineError(
+                f"A {type(cache).__name__} can't be compressed: kvsieve needs the default cache. "
+                "Leave past_key_values and cache_implementation unset (static, quantized and "
+                "offloaded caches and continuous batching are not supported), or pass a "
+                "kvsieve.Cache."
+            )
+        if any(getattr(layer, "is_initialized", False) for layer in cache.layers):
+            raise EngineError(
+                "This cache was filled without kvsieve. Start with a new one, or make a "
+                "kvsieve.Cache before the first forward."
+            )
+        return self.fresh(cache)
+
+    def _begin(self, session: Session, kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids")
+        shape = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        if session.replaying:
+            session.begin(shape[1], None, session.offset)
+            return
+        live = _padding(kwargs.get("attention_mask"), shape[1])
+        offset = _offset(kwargs.get("position_ids"), session, live, shape)
+        session.begin(shape[1], live, offset, ids)
+
+
+def _padding(mask: Any, T: int) -> Tensor | None:
+    """Return which of the T new tokens are real, ``[B, T]``, or None when all are."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise EngineError(
+            "kvsieve needs the attention mask as [rows, tokens] (1 = real, 0 = padding); a 4-D "
+            "or prepared mask can't be followed once slots are removed."
+        )
+    new = mask[:, -T:].bool()
+    return None if bool(new.all()) else new
+
+
+def _offset(position_ids: Any, session: Session, live: Tensor | None, shape: Any) -> Tensor | None:
+    """Return rotary position minus index among the row's real tokens, ``[B]``, or None for 0."""
+    B, T = shape
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        if position_ids is not None:
+            return session.offset
+        # The model counts padding too: positions are indices in the padded row.
+        last = torch.full((B,), session.logical + T - 1)
+    else:
+        last = position_ids[:, -1].expand(B).cpu()
+    seen = session.layers[0].store.seen
+    new = torch.full((B,), T) if live is None else live.sum(1).cpu()
+    index = (seen if seen.numel() else torch.zeros(B, dtype=torch.int64)) + new - 1
+    if live is not None and not bool(live[:, -1].all()):
+        return session.offset  # right padding: the last column says nothing about real tokens
+    offset = last - index
+    return offset if bool((offset != 0).any()) else None
+
+
+def session_of(cache: Any) -> Session | None:
+    """Return the session behind a cache, if it is compressed by kvsieve."""
+    if not isinstance(cache, StockCache):
+        return None
+    found = (x.session for x in cache.layers if isinstance(x, SieveLayer))
+    return next(found, None)
+
+
+def sieve_layers(cache: StockCache, view: ModelView, session: Session) -> None:
+    """Replace the full-attention layers of an empty stock cache by compressed ones."""
+    if not cache.layers:
+        cache.layers = DynamicCache(config=view.config).layers
+    for ordinal, index in enumerate(view.compressible):
+        cache.layers[index] = SieveLayer(session, ordinal, view.latent)
+
+
+_installations: WeakKeyDictionary[nn.Module, Installation] = WeakKeyDictionary()
+
+
+def installation(model: Any) -> Installation:
+    """Return the model's installation, made on first use.
+
+    Raises:
+        EngineError: the model can't be compressed.
+    """
+    view = ModelView(model)
+    if model not in _installations:
+        _installations[model] = Installation(view)
+    return _installations[model]
+
+
+def new_session(view: ModelView, recipe: Recipe, prompt_length: int | None) -> Session:
+    """Return a session for one batch on this model."""
+    return Session(recipe, view.layer_infos(), prompt_length)

@@ -1,0 +1,152 @@
+"""When the cache is compressed. Schedules combine with ``|``.
+
+A *prompt part* is a forward of more than one token (or the very first forward); every other
+forward is a decode step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvsieve.errors import RecipeError, choices
+from kvsieve.interfaces import Moment, Occasion, Schedule
+
+
+class _Combinable:
+    def __or__(self, other: Schedule) -> Either:
+        return Either(self, other)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AfterPrefill(_Combinable):
+    """After every prompt part: the prompt, each of its chunks, each later turn.
+
+    When the session knows the prompt's length, chunks wait until the whole prompt has passed.
+    Layers are compressed one by one while the forward runs, so that at most one is held in full.
+    """
+
+    slack: int | None = None
+    phases: tuple[str, ...] = ("prefill",)
+
+    def due(self, occasion: Occasion) -> bool:
+        return occasion.prefill and occasion.prompt_complete
+
+    def __str__(self) -> str:
+        return "after-prefill"
+
+
+@dataclass(frozen=True)
+class Every(_Combinable):
+    """At every ``interval``-th decode step; a head holds at most budget + interval slots."""
+
+    interval: int
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise RecipeError(f"Every({self.interval}): the interval must be 1 step or more.")
+
+    @property
+    def slack(self) -> int | None:
+        return self.interval - 1
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return ("decode",)
+
+    def due(self, occasion: Occasion) -> bool:
+        return not occasion.prefill and occasion.decoded % self.interval == 0
+
+    def __str__(self) -> str:
+        return f"every:{self.interval}"
+
+
+@dataclass(frozen=True)
+class EachStep(_Combinable):
+    """At every decode step: the budget holds after each of them."""
+
+    slack: int | None = 0
+    phases: tuple[str, ...] = ("decode",)
+
+    def due(self, occasion: Occasion) -> bool:
+        return not occasion.prefill
+
+    def __str__(self) -> str:
+        return "each-step"
+
+
+@dataclass(frozen=True)
+class Above(_Combinable):
+    """Whenever a head holds more than ``cap`` slots, in either phase.
+
+    Between a cap and a smaller budget the cache swings: it fills up to ``cap`` and falls back to
+    the budget. How far above the budget that is depends on the budget, so no slack is stated.
+    """
+
+    cap: int
+    slack: int | None = None
+    phases: tuple[str, ...] = ("prefill", "decode")
+
+    def __post_init__(self) -> None:
+        if self.cap < 1:
+            raise RecipeError(f"Above({self.cap}): the cap must be 1 slot or more.")
+
+    def due(self, occasion: Occasion) -> bool:
+        return occasion.slots > self.cap and (not occasion.prefill or occasion.prompt_complete)
+
+    def __str__(self) -> str:
+        return f"above:{self.cap}"
+
+
+@dataclass(frozen=True)
+class Either(_Combinable):
+    """Due when one of two schedules is."""
+
+    first: Schedule
+    second: Schedule
+
+    @property
+    def slack(self) -> int | None:
+        stated = [s for s in (self.first.slack, self.second.slack) if s is not None]
+        return min(stated, default=None)
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        joint = {*self.first.phases, *self.second.phases}
+        return tuple(p for p in ("prefill", "decode") if p in joint)
+
+    def due(self, occasion: Occasion) -> bool:
+        return self.first.due(occasion) or self.second.due(occasion)
+
+    def __str__(self) -> str:
+        return f"{self.first}|{self.second}"
+
+
+def parse_schedule(given: str | Schedule) -> Schedule:
+    """Read "after-prefill", "each-step", "every:128", "above:2048", or several joined by "|".
+
+    Raises:
+        RecipeError: an unknown name or a missing number.
+    """
+    if not isinstance(given, str):
+        return given
+    parts = [_parse_one(part.strip()) for part in given.split("|")]
+    whole: Schedule = parts[0]
+    for part in parts[1:]:
+        whole = Either(whole, part)
+    return whole
+
+
+def _parse_one(text: str) -> Schedule:
+    name, _, number = text.partition(":")
+    plain = {"after-prefill": AfterPrefill, "each-step": EachStep}
+    counted = {"every": Every, "above": Above}
+    if name in plain and not number:
+        return plain[name]()
+    if name in counted and number.isdigit():
+        return counted[name](int(number))
+    if name in counted:
+        raise RecipeError(f"Schedule {text!r} needs a number, as in '{name}:128'.")
+    raise RecipeError(f"Unknown schedule {text!r}. {choices(name, {**plain, **counted})}")
+
+
+__all__ = ["Above", "AfterPrefill", "EachStep", "Either", "Every", "Moment", "parse_schedule"]

@@ -1,0 +1,105 @@
+"""Pieces of scores that several methods use unchanged."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvsieve.step import Step
+from kvsieve.store import Store
+from kvsieve.store.attend import query_blocks
+
+Pooling = Literal["avg", "max", "none"]
+
+
+def window_mean(step: Step, store: Store, window: int) -> Tensor:
+    """Return the mean attention of the last ``window`` real queries, ``[B, H, G, S]`` in fp32."""
+    weights = step.attention(store, window)  # [B, H, G, W, S]
+    valid = step.window(window)[2].sum(1).clamp_min(1)
+    return weights.sum(3) / valid[:, None, None, None]
+
+
+def before_window(store: Store, window: int) -> Tensor:
+    """Mark live slots older than each row's last ``window`` tokens, bool ``[B, 1 or H, S]``."""
+    first = (store.seen - window).to(store.device)[:, None, None]
+    older = store["position"] < first
+    live = store.live
+    return older if live is None else older & live
+
+
+def pool(scores: Tensor, inside: Tensor, kernel: int, pooling: Pooling) -> Tensor:
+    """Smooth non-negative ``scores [B, H, S]`` over neighbouring slots of the part ``inside``.
+
+    Slots outside count as zero, as the zero padding at the ends of that part; stride 1, same
+    length. What comes out for slots outside is meaningless.
+    """
+    if pooling == "none" or kernel == 1:
+        return scores
+    masked = scores.masked_fill(~inside, 0.0)
+    apply = F.avg_pool1d if pooling == "avg" else F.max_pool1d
+    return apply(masked, kernel, stride=1, padding=kernel // 2)
+
+
+def redundancy(store: Store, threshold: float) -> Tensor:
+    """Return how much each key repeats others, ``[B, H, S]`` in fp32, a softmax over live slots.
+
+    Mean cosine with all other keys; for every key j the *latest* other key i with
+    ``cos(i, j) > threshold`` is forgiven j, so that of near-duplicates the newest stays
+    (R-KV, arXiv 2505.24133). Tiled: never n x n in memory.
+    """
+    keys = store.keys.float()
+    unit = keys / (keys.norm(dim=-1, keepdim=True) + 1e-6)  # [B, H, S, D]
+    live = store.live
+    if live is not None:
+        unit = unit.masked_fill(~live[..., None], 0.0)
+    B, H, S, _ = unit.shape
+    forgiven = torch.zeros(B, H, S, device=unit.device)
+    slots = torch.arange(S, device=unit.device)
+    for j0, j1 in query_blocks(S, B * H * S):
+        cos = unit @ unit[:, :, j0:j1].transpose(-1, -2)  # [B, H, S(i), J]
+        similar = (cos > threshold) & (slots[:, None] != slots[j0:j1])
+        latest = torch.where(similar, slots[:, None], -1).amax(2)  # [B, H, J]
+        value = cos.gather(2, latest.clamp_min(0)[:, :, None])[:, :, 0]
+        value = value.masked_fill(latest < 0, 0.0)
+        forgiven.scatter_add_(2, latest.clamp_min(0), value)
+    # The sum over all other keys needs no pairs: cosines are linear in the second key.
+    total = (unit * unit.sum(2, keepdim=True)).sum(-1) - unit.square().sum(-1)
+    count = store.counts.to(unit.device)[..., None]
+    mean = (total - forgiven) / count
+    if live is not None:
+        mean = mean.masked_fill(~live, -torch.inf)
+    return mean.softmax(-1)
+
+
+def divide_by_peak(scores: Tensor, inside: Tensor) -> Tensor:
+    """Divide ``scores [B, H, S]`` by each head's largest value among the slots ``inside``."""
+    peak = scores.masked_fill(~inside, 0.0).amax(-1, keepdim=True)
+    return scores / peak.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def projected_norm(step: Step, store: Store) -> Tensor:
+    """Return ``||v W_O||_2`` per query head, ``[B, H, G, S]`` in fp32.
+
+    In Gram form ``sqrt(v^T (W_O W_O^T) v)``: the projected values are never built.
+    """
+    gram = step.layer.gram()  # [H, G, Dv, Dv]
+    values = store.values.float()
+    groups = [
+        (values @ gram[:, g] * values).sum(-1).clamp_min(0).sqrt() for g in range(gram.shape[1])
+    ]
+    return torch.stack(groups, 2)
+
+
+def projected_l1(step: Step, store: Store) -> Tensor:
+    """Return the group mean of ``||v W_O||_1``, ``[B, H, S]`` in fp32, in blocks of slots."""
+    w_o = step.w_o.float()  # [H, G, Dv, C]
+    values = store.values.float()
+    B, H, S, _ = values.shape
+    out = values.new_empty(B, H, S)
+    for s0, s1 in query_blocks(S, B * H * w_o.shape[-1]):
+        norms = [(values[:, :, s0:s1] @ w_o[:, g]).abs().sum(-1) for g in range(w_o.shape[1])]
+        out[:, :, s0:s1] = torch.stack(norms).mean(0)
+    return out

@@ -1,0 +1,271 @@
+"""What one layer shows in one forward: its queries, where they stand, and how they attend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvsieve.errors import UnsupportedSignal
+from kvsieve.store import Store
+from kvsieve.store.attend import query_blocks
+from kvsieve.store.rope import rotate, unrotate
+
+Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Maps positions ``[...]`` to ``cos, sin [..., R]`` in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerInfo:
+    """What an engine knows about one attention layer.
+
+    ``output_projection()`` returns ``[H, G, Dv, C]``; ``rotary`` gives the model's own rotation
+    tables. Either is None where the model has no such thing.
+    """
+
+    ordinal: int
+    output_projection: Callable[[], Tensor] | None = None
+    rotary: Rotary | None = None
+    _made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def gram(self) -> Tensor:
+        """Return ``W_O W_O^T`` per query head, ``[H, G, Dv, Dv]`` in fp32, made once.
+
+        Raises:
+            UnsupportedSignal: the attention module has no output matrix that is known.
+        """
+        if self.output_projection is None:
+            raise UnsupportedSignal("This layer shows no output projection.")
+        if "gram" not in self._made:
+            w_o = self.output_projection().detach().float()
+            self._made["gram"] = w_o @ w_o.transpose(-1, -2)
+        return self._made["gram"]
+
+
+@dataclass(kw_only=True)
+class QueryWindow:
+    """The last W queries of a layer, kept across forwards; their order is not kept.
+
+    ``queries [B, H, G, W, D]``, ``positions [B, W]``, ``valid [B, W]`` (a slot of the ring that
+    was never filled, or holds padding, is not valid).
+    """
+
+    queries: Tensor
+    positions: Tensor
+    valid: Tensor
+    next: int = 0
+
+    @classmethod
+    def empty(cls, like: Tensor, window: int) -> QueryWindow:
+        """Return a window without queries, for queries shaped like ``[B, H, G, T, D]``."""
+        B, H, G, _, D = like.shape
+        return cls(
+            queries=like.new_zeros(B, H, G, window, D),
+            positions=torch.zeros(B, window, dtype=torch.int64, device=like.device),
+            valid=torch.zeros(B, window, dtype=torch.bool, device=like.device),
+        )
+
+    def push(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> None:
+        """Take in the newest ``queries [B, H, G, T, D]``, T at most the window."""
+        T, W = queries.shape[3], self.queries.shape[3]
+        at = torch.arange(self.next, self.next + T, device=queries.device) % W
+        if T == 1:
+            span = slice(self.next, self.next + 1)
+            self.queries[:, :, :, span] = queries
+            self.positions[:, span] = positions
+            self.valid[:, span] = True if valid is None else valid
+        else:
+            self.queries[:, :, :, at] = queries
+            self.positions[:, at] = positions
+            self.valid[:, at] = True if valid is None else valid
+        self.next = (self.next + T) % W
+
+    def select_rows(self, index: Tensor) -> None:
+        """Replace the rows by ``index`` of them."""
+        self.queries = self.queries.index_select(0, index)
+        self.positions = self.positions.index_select(0, index)
+        self.valid = self.valid.index_select(0, index)
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One layer in one forward.
+
+    ``query [B, H, G, T, D]`` after rotation; ``positions [B, T]`` among each row's real tokens;
+    ``live [B, T]`` marks padding (None: none); ``keys [B, Hq, S, D]`` replaces the stored keys
+    where a model expands what it caches, with one KV head per query head; ``offset [B]`` is
+    rotary position minus ``positions``. ``replay`` is True while a prompt is being repeated: then
+    ``replayed [B, 2]`` gives the span of positions that this forward repeats.
+    """
+
+    layer: LayerInfo
+    query: Tensor
+    scale: float
+    positions: Tensor
+    live: Tensor | None = None
+    prefill: bool = False
+    keys: Tensor | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
+    offset: Tensor | None = None
+    recent: QueryWindow | None = None
+    replayed: Tensor | None = None
+    _windows: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def replay(self) -> bool:
+        return self.replayed is not None
+
+    def window(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the last ``size`` real queries of each row, those of earlier forwards included.
+
+        ``(queries [B, H, G, W, D], positions [B, W], valid [B, W])`` with W <= size.
+        """
+        if size not in self._windows:
+            self._windows[size] = self._window(size)
+        return self._windows[size]
+
+    def _window(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.recent is not None and self.recent.queries.shape[3] >= size:
+            if self.query.shape[3] < size:
+                return self._newest_of_ring(size)
+        return newest(self.query, self.positions, self.live, size)
+
+    def _newest_of_ring(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        ring = self.recent
+        assert ring is not None, "called without a query window"
+        if ring.queries.shape[3] == size:
+            return ring.queries, ring.positions, ring.valid
+        order = ring.positions.masked_fill(~ring.valid, -1).argsort(dim=1, descending=True)[
+            :, :size
+        ]
+        picked = order[:, None, None, :, None].expand(
+            *ring.queries.shape[:3], -1, ring.queries.shape[4]
+        )
+        return (
+            ring.queries.gather(3, picked),
+            ring.positions.gather(1, order),
+            ring.valid.gather(1, order),
+        )
+
+    def attention(self, store: Store, size: int | None = None) -> Tensor:
+        """Return attention weights in fp32, ``[B, H, G, W, S]``, of the last ``size`` queries.
+
+        ``size=None`` takes all queries of this forward: only for short ones. The softmax spans all
+        slots a query may see; rows of queries that are not valid are zero.
+        """
+        if size is None:
+            live = self.live
+            valid = torch.ones_like(self.positions, dtype=torch.bool) if live is None else live
+            return self.weights(store, self.query, self.positions, valid)
+        return self.weights(store, *self.window(size))
+
+    def weights(
+        self,
+        store: Store,
+        queries: Tensor,
+        positions: Tensor,
+        valid: Tensor,
+        allowed: Tensor | None = None,
+    ) -> Tensor:
+        """Return the attention weights ``[B, H, G, W, S]`` of given queries, in fp32.
+
+        ``allowed [B, 1 or H, S]`` further limits the slots over which the softmax goes.
+        """
+        logits = self._logits(store, queries)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        seen = store["position"][:, :, None] <= positions[:, None, :, None]  # [B, 1|H, W, S]
+        live = store.live
+        if live is not None:
+            seen = seen & live[:, :, None]
+        if allowed is not None:
+            seen = seen & allowed[:, :, None]
+        logits = logits.masked_fill(~seen[:, :, None], -torch.inf)
+        if self.sinks is not None:
+            extra = self.sinks.float()[None, :, :, None, None].expand(*logits.shape[:-1], 1)
+            weights = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+        else:
+            weights = logits.softmax(-1)
+        # A query that is padding may see nothing at all: its softmax is undefined, not small.
+        return weights.masked_fill(~valid[:, None, None, :, None], 0.0)
+
+    def _logits(self, store: Store, queries: Tensor) -> Tensor:
+        keys = store.keys if self.keys is None else self.keys
+        B, H, G, W, D = queries.shape
+        if keys.shape[1] == H:
+            folded = queries.reshape(B, H, G * W, D).float()
+            dots = (folded @ keys.float().transpose(-1, -2)).view(B, H, G, W, -1)
+        else:  # expanded latents: one KV head per query head
+            each = queries.reshape(B, H * G, W, D).float()
+            dots = (each @ keys.float().transpose(-1, -2)).view(B, H, G, W, -1)
+        return dots * self.scale
+
+    def attention_sums(self, store: Store) -> Tensor:
+        """Return, per slot, the attention of all this forward's queries, ``[B, H, S]`` in fp32.
+
+        Summed over queries, averaged over the group; done in blocks of queries, so that no T x S
+        matrix is held.
+        """
+        B, H, G, T, _ = self.query.shape
+        live = self.live
+        valid = torch.ones_like(self.positions, dtype=torch.bool) if live is None else live
+        total = torch.zeros(B, H, store.slots, device=self.query.device)
+        for t0, t1 in query_blocks(T, B * H * G * store.slots):
+            span = slice(t0, t1)
+            block = self.weights(
+                store, self.query[:, :, :, span], self.positions[:, span], valid[:, span]
+            )
+            total += block.sum(3).mean(2)
+        return total
+
+    @property
+    def w_o(self) -> Tensor:
+        """The output projection ``[H, G, Dv, C]``: what each query head's value becomes.
+
+        Raises:
+            UnsupportedSignal: the attention module has no output matrix that is known.
+        """
+        if self.layer.output_projection is None:
+            raise UnsupportedSignal("This layer shows no output projection.")
+        return self.layer.output_projection()
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``cos, sin [B, ..., R]`` of the model at ``positions [B, ...]``.
+
+        Raises:
+            UnsupportedSignal: the model's rotary positions can't be read.
+        """
+        if self.layer.rotary is None:
+            raise UnsupportedSignal("This layer shows no rotary positions.")
+        if self.offset is not None:
+            shape = (-1, *[1] * (positions.dim() - 1))
+            positions = positions + self.offset.to(positions.device).view(shape)
+        return self.layer.rotary(positions)
+
+    def unrotated(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """Return ``queries [B, H, G, W, D]`` at ``positions [B, W]`` before rotation, in fp32."""
+        cos, sin = self.rotation(positions)
+        return unrotate(queries.float(), cos[:, None, None], sin[:, None, None])
+
+    def rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate ``x [B, H, G, W, D]`` to ``positions [B, W]``, in fp32."""
+        cos, sin = self.rotation(positions)
+        return rotate(x.float(), cos[:, None, None], sin[:, None, None])
+
+
+def newest(
+    query: Tensor, positions: Tensor, live: Tensor | None, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's last ``size`` real queries, whichever side its padding is on."""
+    B, H, G, T, D = query.shape
+    W = min(size, T)
+    if live is None:
+        valid = torch.ones(B, W, dtype=torch.bool, device=query.device)
+        return query[:, :, :, T - W :], positions[:, T - W :], valid
+    # Padding sorts first, real tokens keep their order: the last W are the newest real ones.
+    order = live.long().argsort(dim=1, stable=True)[:, T - W :]
+    picked = order[:, None, None, :, None].expand(B, H, G, W, D)
+    return query.gather(3, picked), positions.gather(1, order), live.gather(1, order)

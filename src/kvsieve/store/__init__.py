@@ -1,0 +1,222 @@
+"""One layer's cache as a table: slots are rows, whatever follows a token is a column."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvsieve.interfaces import Column
+from kvsieve.store.attend import Visible, attend
+from kvsieve.store.dense import SPARE_SLOTS, Dense
+from kvsieve.store.ragged import Ragged
+
+Layout = Literal["dense", "ragged"]
+
+
+class Store:
+    """The slots of one layer, with every column that must follow them.
+
+    It starts dense. With ``layout="ragged"`` it turns into packed segments at the first ``keep``,
+    so that a cache from which nothing was removed is read exactly as without compression.
+
+    ``seen [B]`` (CPU) counts the real tokens that have passed in each row: the logical length.
+    ``slack``: slots above the budget that the schedule allows while decoding (None: unbounded).
+    The slot counts say nothing about it. ``position [B, H, S]`` is each slot's index among its
+    row's real tokens.
+    """
+
+    def __init__(
+        self, columns: tuple[Column, ...] = (), layout: Layout = "dense", slack: int | None = None
+    ) -> None:
+        self.schema = {column.name: column for column in columns}
+        self.layout: Layout = layout
+        self.slack = slack
+        # Where the schedule bounds growth, compaction leaves room for the next tokens at once:
+        # one more than the slack, since a new token is stored before anything is dropped.
+        self.spare = 0 if slack is None else min(slack + 1, SPARE_SLOTS)
+        self.table: Dense | Ragged = Dense()
+        self.seen = torch.zeros(0, dtype=torch.int64)
+        self.removed = 0
+
+    # -- what is stored ------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Width of the table: slots of the fullest (row, head), dead ones included."""
+        return self.table.size
+
+    @property
+    def counts(self) -> Tensor:
+        """Live slots ``[B, H]`` int64, on the CPU."""
+        return self.table.counts
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys as cached ``[B, H, S, D]``; entries of dead slots are meaningless."""
+        return self.table.get("keys")
+
+    @property
+    def values(self) -> Tensor:
+        """Values as cached ``[B, H, S, Dv]``; entries of dead slots are meaningless."""
+        return self.table.get("values")
+
+    @property
+    def live(self) -> Tensor | None:
+        """Which slots exist, bool ``[B, 1 or H, S]``; None when all do."""
+        live = self.table.live()
+        return live if live is None else live.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.tensors()[0].device
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a column as ``[B, 1 or H, S]``."""
+        return self.table.get(name)
+
+    def __setitem__(self, name: str, new: Tensor) -> None:
+        """Replace a column by ``new [B, H, S]``."""
+        self.table.set(name, new)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that one slot of one head costs, with all columns that may become per-head."""
+        keys, values = self.keys, self.values
+        pair = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+        columns = sum(column.dtype.itemsize for column in self.schema.values())
+        return pair + columns + torch.int32.itemsize  # the position
+
+    @property
+    def version(self) -> int:
+        """Changes whenever tables were allocated anew."""
+        return self.table.version
+
+    def nbytes(self) -> int:
+        """Bytes of the storages of this layer, spare capacity and columns included."""
+        return self.table.nbytes()
+
+    # -- how it changes ------------------------------------------------------------------------
+
+    def append(self, keys: Tensor, values: Tensor, live: Tensor | None = None) -> Tensor:
+        """Add T tokens ``keys [B, H, T, D]``, ``values [B, H, T, Dv]``; return their positions.
+
+        ``live [B, T]`` says which of them are real (None: all). Positions are ``[B, T]`` int64 on
+        the table's device; those of padding are meaningless.
+        """
+        B, _, T = keys.shape[:3]
+        if self.seen.numel() == 0:
+            self.seen = torch.zeros(B, dtype=torch.int64)
+        if live is None:
+            step = torch.arange(T, device=keys.device)
+            positions = self.seen.to(keys.device)[:, None] + step
+            self.seen = self.seen + T
+        else:
+            step = live.long().cumsum(1) - 1
+            positions = (self.seen.to(keys.device)[:, None] + step).clamp_min(0)
+            self.seen = self.seen + live.sum(1).cpu()
+        new = {"position": positions[:, None].int()}
+        for column in self.schema.values():
+            shape = (B, 1, T)
+            new[column.name] = torch.full(
+                shape, column.fill, dtype=column.dtype, device=keys.device
+            )
+        self.table.append(keys, values, new, live)
+        return positions
+
+    def keep(self, index: Tensor, counts: Tensor) -> None:
+        """Keep in every (row, head) the slots ``index [B, H, N][..., : counts]``, drop the rest.
+
+        ``index`` ascends within its first ``counts [B, H]`` entries, so that order is kept.
+        """
+        self.removed += int((self.counts - counts).sum())
+        table = self.table
+        if isinstance(table, Dense) and self.layout == "ragged":
+            names = ["keys", "values", *(n for n in table.columns if n != "live")]
+            heads = table.keys.shape[1]
+            whole = {n: table.get(n) for n in names}
+            whole = {
+                n: x if x.shape[1] == heads else x.expand(-1, heads, -1) for n, x in whole.items()
+            }
+            self.table = Ragged.pack(whole, index, counts)
+        else:
+            table.keep(index, counts, self.spare)
+
+    def mark(self) -> tuple[Tensor, int | Tensor]:
+        """Return a mark to roll back to, as long as nothing is removed in between."""
+        size = self.table.size if isinstance(self.table, Dense) else self.counts.clone()
+        return self.seen.clone(), size
+
+    def rollback(self, mark: tuple[Tensor, int | Tensor]) -> None:
+        """Drop what was appended since ``mark()``."""
+        self.seen, size = mark
+        self.table.truncate(size)  # type: ignore[arg-type]
+
+    def select_rows(self, index: Tensor) -> None:
+        """Replace the batch by rows ``index`` of it (repetition allowed)."""
+        self.seen = self.seen.index_select(0, index.cpu())
+        self.table.select_rows(index)
+
+    # -- how it is read ------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: Tensor,
+        scale: float,
+        positions: Tensor,
+        query_live: Tensor | None,
+        *,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+        sinks: Tensor | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention ``[B, H, G, T, Dv]`` of the newest T tokens' queries ``[B, H, G, T, D]``.
+
+        ``positions [B, T]`` are those that ``append`` returned, ``query_live [B, T]`` marks
+        padding (None: none). ``keys``/``values`` replace the stored ones where a model expands
+        what it caches (latent attention).
+        """
+        T = query.shape[3]
+        plain = keys is None and sinks is None and softcap is None
+        if T == 1 and plain and isinstance(self.table, Ragged) and query.device.type == "cpu":
+            if bool((self.counts > 0).all()):
+                return self.table.attend_one(query[:, :, :, 0], scale).unsqueeze(3)
+        live = self.live
+        fresh = live is None and self.slots == T and isinstance(self.table, Dense)
+        visible = None
+        if not fresh and not (T == 1 and live is None):
+            visible = self._visible(positions, live, query_live)
+        if keys is not None and keys.shape[1] != query.shape[1]:
+            # Expanded latents have one KV head per query head: groups become heads.
+            B, H, G, T, D = query.shape
+            query = query.view(B, H * G, 1, T, D)
+            out = attend(query, keys, values, scale, visible=visible, causal=fresh and T > 1)  # type: ignore[arg-type]
+            return out.view(B, H, G, T, -1)
+        return attend(
+            query,
+            self.keys if keys is None else keys,
+            self.values if values is None else values,
+            scale,
+            visible=visible,
+            causal=fresh and T > 1,
+            sinks=sinks,
+            softcap=softcap,
+        )
+
+    def _visible(
+        self, positions: Tensor, live: Tensor | None, query_live: Tensor | None
+    ) -> Visible:
+        slot = self["position"]
+
+        def visible(t0: int, t1: int) -> Tensor:
+            seen = slot[:, :, None] <= positions[:, None, t0:t1, None]
+            if live is not None:
+                seen = seen & live[:, :, None]
+            if query_live is not None:
+                # A padding query sees everything: its output is never used, but must be finite.
+                seen = seen | ~query_live[:, None, t0:t1, None]
+            return seen
+
+        return visible

@@ -1,0 +1,100 @@
+"""Attention over stored slots: grouped queries are folded, keys and values are never repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Upper bound on the elements of one block of scores or masks: long prompts are done in blocks of
+# queries, so that nothing of size T x S is ever held.
+BLOCK_ELEMENTS = 1 << 24
+
+Visible = Callable[[int, int], Tensor]
+"""``visible(t0, t1)``: which slots queries t0..t1 may see, bool ``[B, 1 or H, t1 - t0, S]``."""
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    visible: Visible | None = None,
+    causal: bool = False,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return the attention output ``[B, H, G, T, Dv]`` of ``query [B, H, G, T, D]``.
+
+    Args:
+        query, keys, values: ``[B, H, G, T, D]``, ``[B, H, S, D]``, ``[B, H, S, Dv]``, one dtype.
+        scale: factor on the dot products.
+        visible: mask by blocks of queries; None when every slot is visible to every query.
+        causal: query t sees slots 0..t; needs S == T and no ``visible``.
+        sinks: one extra logit per query head ``[H, G]`` that takes mass and gives no value.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+    """
+    if sinks is not None or softcap is not None:
+        return _attend_plain(query, keys, values, scale, visible, causal, sinks, softcap)
+    B, H, G, T, D = query.shape
+    if T == 1:
+        mask = None if visible is None else visible(0, 1)
+        folded = F.scaled_dot_product_attention(
+            query.view(B, H, G, D), keys, values, attn_mask=mask, scale=scale
+        )
+        return folded.unsqueeze(3)  # [B, H, G, 1, Dv]
+    out = query.new_empty(B, H, G, T, values.shape[-1])
+    for t0, t1 in [(0, T)] if visible is None else query_blocks(T, B * H * keys.shape[2]):
+        mask = None if visible is None else visible(t0, t1)
+        for g in range(G):
+            out[:, :, g, t0:t1] = F.scaled_dot_product_attention(
+                query[:, :, g, t0:t1],
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=causal and mask is None,
+                scale=scale,
+            )
+    return out
+
+
+def _attend_plain(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    visible: Visible | None,
+    causal: bool,
+    sinks: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """The same written out, softmax in fp32: for sinks and soft-capped logits."""
+    B, H, G, T, _ = query.shape
+    S = keys.shape[2]
+    out = query.new_empty(B, H, G, T, values.shape[-1])
+    for t0, t1 in query_blocks(T, B * H * G * S):
+        logits = torch.einsum("bhgtd,bhsd->bhgts", query[:, :, :, t0:t1], keys).float() * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if visible is not None:
+            logits = logits.masked_fill(~visible(t0, t1)[:, :, None], -torch.inf)
+        elif causal:
+            t = torch.arange(t0, t1, device=query.device)
+            future = torch.arange(S, device=query.device) > t[:, None]
+            logits = logits.masked_fill(future, -torch.inf)
+        if sinks is not None:
+            extra = sinks.float().view(1, H, G, 1, 1).expand(B, H, G, t1 - t0, 1)
+            logits = torch.cat([logits, extra], -1)
+        weights = logits.softmax(-1)[..., :S].to(values.dtype)
+        out[:, :, :, t0:t1] = torch.einsum("bhgts,bhsd->bhgtd", weights, values)
+    return out
+
+
+def query_blocks(T: int, elements_per_query: int) -> Iterator[tuple[int, int]]:
+    """Cut T queries into blocks whose scores stay within ``BLOCK_ELEMENTS``."""
+    size = max(1, BLOCK_ELEMENTS // max(1, elements_per_query))
+    for start in range(0, T, size):
+        yield start, min(T, start + size)
