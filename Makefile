@@ -1,0 +1,59 @@
+# Two words to know: `make demo` and `make test`. Both set everything up first.
+PYTHON ?= python3
+BIN := .venv/bin
+OLDEST := .venv-oldest/bin
+PEER := .venv-peer/bin
+PIP_FLAGS := --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast check format bench test-oldest peer clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "kvsieve needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: .venv/.ready ## set up, then compress real generation on the shipped reference model
+	$(BIN)/kvsieve compare --sample retrieval --methods full,random,streaming-llm,snapkv,keydiff --budget 25%
+	$(BIN)/kvsieve compare --sample instructions --methods full,random,streaming-llm,keydiff --budget 50%
+	$(BIN)/kvsieve compare --sample reasoning --methods full,random,streaming-llm,h2o,g-kv --budget 75%
+
+test: .venv/.ready ## set up, then run all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: .venv/.ready ## the tests without the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: .venv/.ready ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: .venv/.ready ## rewrite files in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/.ready ## speed rows side by side (slow; see `kvsieve bench speed --help`)
+	$(BIN)/kvsieve bench speed --out benchmarks/speed.jsonl
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install $(PIP_FLAGS) -c constraints-oldest.txt -e ".[dev]"
+	@touch $@
+
+test-oldest: .venv-oldest/.ready ## the laws on the oldest supported Transformers
+	$(OLDEST)/python -m pytest -q -m oldest
+
+peer: ## the environment of kvpress, for parity vectors and speed comparisons
+	$(PYTHON) -m venv .venv-peer
+	$(PEER)/python -m pip install $(PIP_FLAGS) torch==2.13.0
+	$(PEER)/python -m pip install $(PIP_FLAGS) -r tests/peers/requirements.txt
+	$(PEER)/python -m pip install $(PIP_FLAGS) --no-deps kvpress==0.5.5
+
+clean: ## remove environments and caches
+	rm -rf .venv .venv-oldest .venv-peer .pytest_cache .ruff_cache .hypothesis
