@@ -19,7 +19,7 @@ from kvsieve.interfaces import Moment, Occasion, Round, Scope, Signal
 from kvsieve.replay import Replay
 from kvsieve.report import Report, Stopwatch
 from kvsieve.step import LayerInfo, QueryWindow, Step, newest
-from kvsieve.store import Store
+from kvsieve.store import Arrival, Store
 
 
 @dataclass(kw_only=True)
@@ -32,6 +32,7 @@ class Forward:
     prefill: bool = True
     due: bool = False
     replayed: Tensor | None = None
+    arrival: Arrival | None = None
 
 
 @dataclass(kw_only=True)
@@ -157,7 +158,10 @@ class Session:
             )
         if forward.replayed is not None:
             layer.mark = store.mark()
-        layer.positions = store.append(keys, values, forward.live)
+        if forward.arrival is None or forward.arrival.positions.device != keys.device:
+            B, _, T = keys.shape[:3]
+            forward.arrival = Arrival.of(store.seen, B, T, forward.live, keys.device)
+        layer.positions = store.append(keys, values, forward.live, forward.arrival)
         if forward.replayed is None:
             tokens = keys.numel() * keys.element_size() + values.numel() * values.element_size()
             self.bytes_full += tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,6 +14,35 @@ from kvsieve.store.dense import SPARE_SLOTS, Dense
 from kvsieve.store.ragged import Ragged
 
 Layout = Literal["dense", "ragged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """Where T new tokens stand in their rows: the same for all layers of a forward.
+
+    ``positions [B, T]`` int64; ``column [B, 1, T]`` the same as stored; ``seen [B]`` (CPU) the
+    rows' lengths with them; ``added [B, 1]`` (CPU) how many of them are real.
+    """
+
+    positions: Tensor
+    column: Tensor
+    seen: Tensor
+    added: Tensor
+
+    @classmethod
+    def of(cls, seen: Tensor, B: int, T: int, live: Tensor | None, device: torch.device) -> Arrival:
+        """Work it out for rows that have ``seen [B]`` tokens (empty: none yet)."""
+        if seen.numel() == 0:
+            seen = torch.zeros(B, dtype=torch.int64)
+        added = torch.full((B,), T) if live is None else live.sum(1).cpu()
+        step = torch.arange(T, device=device) if live is None else live.long().cumsum(1) - 1
+        positions = (seen.to(device)[:, None] + step).clamp_min(0)
+        return cls(
+            positions=positions,
+            column=positions[:, None].int(),
+            seen=seen + added,
+            added=added[:, None],
+        )
 
 
 class Store:
@@ -99,31 +129,30 @@ class Store:
 
     # -- how it changes ------------------------------------------------------------------------
 
-    def append(self, keys: Tensor, values: Tensor, live: Tensor | None = None) -> Tensor:
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        live: Tensor | None = None,
+        arrival: Arrival | None = None,
+    ) -> Tensor:
         """Add T tokens ``keys [B, H, T, D]``, ``values [B, H, T, Dv]``; return their positions.
 
         ``live [B, T]`` says which of them are real (None: all). Positions are ``[B, T]`` int64 on
-        the table's device; those of padding are meaningless.
+        the table's device; those of padding are meaningless. ``arrival`` saves working them out
+        anew in every layer.
         """
         B, _, T = keys.shape[:3]
-        if self.seen.numel() == 0:
-            self.seen = torch.zeros(B, dtype=torch.int64)
-        if live is None:
-            step = torch.arange(T, device=keys.device)
-            positions = self.seen.to(keys.device)[:, None] + step
-            self.seen = self.seen + T
-        else:
-            step = live.long().cumsum(1) - 1
-            positions = (self.seen.to(keys.device)[:, None] + step).clamp_min(0)
-            self.seen = self.seen + live.sum(1).cpu()
-        new = {"position": positions[:, None].int()}
+        if arrival is None:
+            arrival = Arrival.of(self.seen, B, T, live, keys.device)
+        new = {"position": arrival.column}
         for column in self.schema.values():
-            shape = (B, 1, T)
             new[column.name] = torch.full(
-                shape, column.fill, dtype=column.dtype, device=keys.device
+                (B, 1, T), column.fill, dtype=column.dtype, device=keys.device
             )
-        self.table.append(keys, values, new, live)
-        return positions
+        self.seen = arrival.seen
+        self.table.append(keys, values, new, live, arrival.added)
+        return arrival.positions
 
     def keep(self, index: Tensor, counts: Tensor) -> None:
         """Keep in every (row, head) the slots ``index [B, H, N][..., : counts]``, drop the rest.

@@ -26,8 +26,18 @@ class Dense:
         self.dead = False
         self.version = 0
 
-    def append(self, keys: Tensor, values: Tensor, new: dict[str, Tensor], live: Tensor | None):
-        """Add T slots: ``keys [B, H, T, D]``, columns ``[B, 1, T]``, ``live [B, T]`` or None."""
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        new: dict[str, Tensor],
+        live: Tensor | None,
+        added: Tensor,
+    ) -> None:
+        """Add T slots: ``keys [B, H, T, D]``, columns ``[B, 1, T]``, ``live [B, T]`` or None.
+
+        ``added [B, 1]`` (CPU) counts the live ones.
+        """
         T = keys.shape[2]
         if live is not None and not self.dead:
             self._start_live_column(keys)
@@ -47,7 +57,7 @@ class Dense:
             for name, column in self.columns.items():
                 column[:, :, span] = new[name]
         self.size += T
-        self.counts += T if live is None else live.sum(1, keepdim=True).cpu()
+        self.counts += added
 
     def _start_live_column(self, keys: Tensor) -> None:
         self.dead = True

@@ -50,11 +50,21 @@ class Ragged:
             table[target.to(device)] = x.index_select(0, rows.to(device))
             self.tables[name] = table
 
-    def append(self, keys: Tensor, values: Tensor, new: dict[str, Tensor], live: Tensor | None):
-        """Add the live ones of T slots to every segment: ``keys [B, H, T, D]``, ``live [B, T]``."""
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        new: dict[str, Tensor],
+        live: Tensor | None,
+        added: Tensor,
+    ) -> None:
+        """Add the live ones of T slots to every segment: ``keys [B, H, T, D]``, ``live [B, T]``.
+
+        ``added [B, 1]`` (CPU) counts them.
+        """
         B, H, T = keys.shape[:3]
         inside = torch.ones(B, T, dtype=torch.bool) if live is None else live.cpu()
-        added = inside.sum(1, keepdim=True).expand(B, H)
+        added = added.expand(B, H)
         room = (self.starts[1:] - self.starts[:-1]).view(B, H) - self.counts
         if bool((room < added).any()):
             self._repack(int(added.max()))
