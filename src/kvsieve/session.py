@@ -33,6 +33,7 @@ class Forward:
     due: bool = False
     replayed: Tensor | None = None
     arrival: Arrival | None = None
+    budgets: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -79,6 +80,7 @@ class Session:
         self.decoded = 0
         self.decode_steps = 0
         self.owed = False
+        self.broken = False
         self.offset: Tensor | None = None
         self.current: Forward | None = None
         self.replay = Replay(recipe.scorer) if Signal.REPLAY in recipe.needs else None
@@ -88,6 +90,14 @@ class Session:
         self.watch = Stopwatch()
         self._bytes = 0
         self._pending: list[Pending] = []
+        self._check_bytes()
+
+    def _check_bytes(self) -> None:
+        """Refuse bytes that don't hold one row, as far as it can be told before anything runs."""
+        budget, geometry = self.recipe.budget, self._geometry(1)
+        if budget is not None and budget.kind == "bytes" and geometry is not None:
+            slots = budget.slots(torch.ones(1, dtype=torch.int64), geometry)
+            self.recipe.check_room(int(slots[0]))
 
     # -- one forward ---------------------------------------------------------------------------
 
@@ -98,7 +108,13 @@ class Session:
 
         Raises:
             BudgetError: what is protected leaves no room in a row's budget.
+            EngineError: an earlier forward failed half-way, so that the layers disagree.
         """
+        if self.broken or (self.current is not None and not self.replaying):
+            raise EngineError(
+                "An earlier forward with this cache failed or was interrupted, so that its layers "
+                "hold different tokens. Start again with a new cache."
+            )
         if self.replay is not None and self.replay.running is not None:
             running = self.replay.running
             self.current = Forward(T=T, live=running.live, offset=offset, replayed=running.span)
@@ -129,12 +145,13 @@ class Session:
         self.watch.start("prefill" if prefill else "decode")
 
     def _check_room(self, forward: Forward) -> None:
-        budget = self.recipe.budget
-        if budget is None or budget.kind == "bytes":
+        lengths = torch.tensor(self._lengths_after(forward))
+        geometry = self._geometry(len(lengths))
+        if self.recipe.budget is None or geometry is None:
             return
-        for length in self._lengths_after(forward):
-            slots = int(budget.slots(torch.tensor([length]), _ANY_GEOMETRY)[0])
-            self.recipe.check_room(slots, length)
+        budgets = self.recipe.budget.slots(lengths, geometry)
+        for length, budget in zip(lengths.tolist(), budgets.tolist(), strict=True):
+            self.recipe.check_room(budget, length)
 
     def _lengths_after(self, forward: Forward) -> list[int]:
         seen = self.layers[0].store.seen
@@ -264,7 +281,7 @@ class Session:
 
     def abandon(self) -> None:
         """Leave a forward that failed."""
-        self.current = None
+        self.current, self.broken = None, self.broken or self.current is not None
         self._pending.clear()
         if self.replay is not None:
             self.replay.running = None
@@ -295,28 +312,48 @@ class Session:
 
     # -- compression ---------------------------------------------------------------------------
 
-    def budgets(self, store: Store) -> Tensor:
-        """Return the budget of each row in slots per head, ``[B]`` int64."""
-        assert self.recipe.budget is not None, "a recipe that compresses has a budget"
-        return self.recipe.budget.slots(store.seen, self._geometry(store))
+    def budgets(self) -> Tensor:
+        """Return the budget of each row in slots per head, ``[B]`` int64; once a forward.
 
-    def _geometry(self, store: Store) -> Geometry:
-        B, H = store.counts.shape
-        heads = H * len(self.layers)
-        return Geometry(slot_bytes=store.slot_bytes, heads=heads, rows=B, slack=store.slack or 0)
+        Raises:
+            BudgetError: bytes that don't hold one slot per head.
+        """
+        forward, store = self._forward(), self.layers[0].store
+        if forward.budgets is None:
+            assert self.recipe.budget is not None, "a recipe that compresses has a budget"
+            geometry = self._geometry(store.seen.numel())
+            assert geometry is not None, "known as soon as something is stored"
+            forward.budgets = self.recipe.budget.slots(store.seen, geometry)
+        return forward.budgets
+
+    def _geometry(self, rows: int) -> Geometry | None:
+        """What a slot costs; None before anything is stored, if the engine couldn't tell."""
+        first, store = self.layers[0].info, self.layers[0].store
+        if first.heads is not None and first.pair_bytes is not None:
+            heads, pair = first.heads, first.pair_bytes
+        elif store.slots:
+            heads, pair = store.counts.shape[1], store.pair_bytes
+        else:
+            return None
+        return Geometry(
+            slot_bytes=pair + store.column_bytes,
+            heads=heads * len(self.layers),
+            rows=rows,
+            slack=store.slack or 0,
+        )
 
     def _over_budget(self, store: Store) -> bool:
-        return bool((store.seen > self.budgets(store)).any())
+        return bool((store.seen > self.budgets()).any())
 
     def _decide(self) -> None:
         waiting, self._pending = self._pending, []
         stores = [self.layers[p.ordinal].store for p in waiting]
         round = Round(
-            budgets=self.budgets(stores[0]),
+            budgets=self.budgets(),
             layers=tuple(p.ordinal for p in waiting),
             layer_count=len(self.layers),
             live=[store.counts for store in stores],
-            window=self.recipe.recent_slots(int(self.budgets(stores[0]).min())),
+            window=self.recipe.recent_slots(int(self.budgets().min())),
         )
         scores = [
             self._protected(p.scores, store, round.budgets)
@@ -400,6 +437,3 @@ class Session:
     def report(self, other_bytes: int = 0) -> Report:
         """Measure what is held now; see ``Report``."""
         return Report.of(self, other_bytes)
-
-
-_ANY_GEOMETRY = Geometry(slot_bytes=1, heads=1, rows=1, slack=0)

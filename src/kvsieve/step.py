@@ -22,10 +22,13 @@ class LayerInfo:
     """What an engine knows about one attention layer.
 
     ``output_projection()`` returns ``[H, G, Dv, C]``; ``rotary`` gives the model's own rotation
-    tables. Either is None where the model has no such thing.
+    tables. Either is None where the model has no such thing. ``heads`` and ``pair_bytes`` (one
+    key and one value) let budgets in bytes be checked before anything runs.
     """
 
     ordinal: int
+    heads: int | None = None
+    pair_bytes: int | None = None
     output_projection: Callable[[], Tensor] | None = None
     rotary: Rotary | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)

@@ -111,12 +111,15 @@ class Store:
         self.table.set(name, new)
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes that one slot of one head costs, with all columns that may become per-head."""
+    def pair_bytes(self) -> int:
+        """Bytes of one key and one value."""
         keys, values = self.keys, self.values
-        pair = (keys.shape[-1] + values.shape[-1]) * keys.element_size()
-        columns = sum(column.dtype.itemsize for column in self.schema.values())
-        return pair + columns + torch.int32.itemsize  # the position
+        return (keys.shape[-1] + values.shape[-1]) * keys.element_size()
+
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of all other columns of one slot: the position, and what the scorer carries."""
+        return torch.int32.itemsize + sum(x.dtype.itemsize for x in self.schema.values())
 
     @property
     def version(self) -> int:

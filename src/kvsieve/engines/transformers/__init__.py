@@ -31,6 +31,7 @@ class Run:
         self._prompt_length = prompt_length
         self._installation: Installation = installation(model)
         self._installation.view.check(recipe)
+        new_session(self._installation.view, recipe, prompt_length)  # refuses what can't work
         self._followed: list[tuple[Session, list[Any]]] = []
         self._reports: list[Report] | None = None
         self._state = "new"

@@ -6,7 +6,7 @@ known through a context variable that the hooks of ``engine.py`` set, so that th
 
 from __future__ import annotations
 
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,10 +23,13 @@ NAME = "kvsieve"
 
 @dataclass
 class Active:
-    """The forward in progress: its session, and the layer that returned plain tensors last."""
+    """The forward in progress: what it was called with, its session if its cache is compressed,
+    and the layer that returned plain tensors last."""
 
-    session: Session
+    kwargs: dict[str, Any]
+    session: Session | None = None
     latent: int | None = None
+    token: Token[Active | None] | None = None
 
 
 active: ContextVar[Active | None] = ContextVar("kvsieve_active", default=None)
@@ -67,7 +70,7 @@ def attention_forward(
         grouped = query.view(B, key.heads, Hq // key.heads, T, D)
         sinks = None if s_aux is None else s_aux.view(key.heads, -1)
         out = key.session.attend(key.ordinal, grouped, scale, sinks=sinks, softcap=softcap)
-    elif current is not None and current.latent is not None:
+    elif current is not None and current.session is not None and current.latent is not None:
         assert isinstance(value, Tensor), "latent layers return tensors"
         ordinal, current.latent = current.latent, None
         latents = query.view(B, 1, Hq, T, D)
@@ -111,7 +114,7 @@ def causal_mask(**arguments: Any) -> Tensor | None:
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     current = active.get()
-    if current is None:
+    if current is None or current.session is None:
         return sdpa_mask(**arguments)
     function = arguments.get("mask_function", causal_mask_function)
     if function is causal_mask_function:

@@ -51,6 +51,8 @@ class Installation:
         if self.users == 0:
             for hook in self._hooks:
                 hook.remove()
+            # An interrupt in mid-forward skips the hook that would have done this.
+            active.set(None)
             self.view.model.set_attn_implementation(self._original)
 
     # -- hooks ---------------------------------------------------------------------------------
@@ -59,64 +61,50 @@ class Installation:
         if args:
             names = list(inspect.signature(decoder.forward).parameters)
             kwargs = dict(zip(names, args, strict=False)) | kwargs
+        current = Active(kwargs=kwargs)
+        # Set first: the hook after the forward also runs when this one raises, and resets it.
+        current.token = active.set(current)
         cache = kwargs.get("past_key_values")
         if cache is None and self.fresh is not None and self._wants_cache(kwargs):
             cache = kwargs["past_key_values"] = DynamicCache(config=self.view.config)
         session = self._session_of(cache)
-        token = active.set(None if session is None else Active(session))
-        self._stack.append((session, token, kwargs))
         if session is not None:
-            try:
-                self._begin(session, kwargs)
-            except BaseException:
-                # Hooks that should always run do not run for a pre-hook that failed.
-                self._leave()
-                raise
+            self._begin(session, kwargs)
+            current.session = session
         return (), kwargs
 
     def _wants_cache(self, kwargs: dict[str, Any]) -> bool:
         wanted = kwargs.get("use_cache")
         return bool(getattr(self.view.config, "use_cache", True) if wanted is None else wanted)
 
-    @property
-    def _stack(self) -> list[Any]:
-        if not hasattr(self, "_forwards"):
-            self._forwards: list[Any] = []
-        return self._forwards
-
-    def _leave(self) -> tuple[Session | None, dict[str, Any]]:
-        session, token, kwargs = self._stack.pop()
-        active.reset(token)
-        return session, kwargs
-
     def _after(self, decoder: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._stack:
+        current = active.get()
+        if current is None or current.token is None:
             return
-        session = self._stack[-1][0]
-        if session is None or output is None:
-            self._leave()
+        session = current.session
+        try:
+            if session is not None and output is not None:
+                session.end(lambda ids, positions: self._repeat(session, ids, positions))
+            elif session is not None:
+                session.abandon()
+        except BaseException:
             if session is not None:
                 session.abandon()
-            return
-        try:
-            session.end(lambda ids, positions: self._repeat(session, ids, positions))
-        except BaseException:
-            session.abandon()
             raise
         finally:
-            self._leave()
+            active.reset(current.token)
 
     def _repeat(self, session: Session, ids: Tensor, positions: Tensor) -> None:
         """Feed tokens again at ``positions [B, R]``, with the session's cache, keeping nothing."""
-        _, _, kwargs = self._stack[-1]
-        offset = session.offset
-        if offset is not None:
-            positions = positions + offset.to(positions.device)[:, None]
+        current = active.get()
+        assert current is not None, "a replay runs at the end of a forward"
+        if session.offset is not None:
+            positions = positions + session.offset.to(positions.device)[:, None]
         with torch.no_grad():
             self.view.decoder(
                 input_ids=ids,
                 position_ids=positions,
-                past_key_values=kwargs["past_key_values"],
+                past_key_values=current.kwargs["past_key_values"],
                 use_cache=True,
             )
 

@@ -44,14 +44,27 @@ class ModelView:
 
     def layer_infos(self) -> list[LayerInfo]:
         """Return one description per compressible layer, in order."""
+        heads, pair_bytes = self._geometry()
         return [
             LayerInfo(
                 ordinal=ordinal,
+                heads=heads,
+                pair_bytes=pair_bytes,
                 output_projection=self._projection(index),
                 rotary=None if self.latent else _rotary(self, index),
             )
             for ordinal, index in enumerate(self.compressible)
         ]
+
+    def _geometry(self) -> tuple[int | None, int | None]:
+        """Return KV heads and the bytes of one key and value, unless it caches latents."""
+        if self.latent:
+            return None, None
+        config = self.config
+        Hq = config.num_attention_heads
+        D = getattr(config, "head_dim", None) or config.hidden_size // Hq
+        heads = getattr(config, "num_key_value_heads", None) or Hq
+        return heads, 2 * D * self.model.dtype.itemsize
 
     def _projection(self, index: int) -> Callable[[], Tensor] | None:
         module = self.modules.get(index)
@@ -72,6 +85,7 @@ class ModelView:
 
         Raises:
             UnsupportedSignal: it can't; says which signal and why.
+            BudgetError: bytes that don't hold one slot in each head of one row.
         """
         infos = self.layer_infos()
         reasons: dict[Signal, str] = {}
