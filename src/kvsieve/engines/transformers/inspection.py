@@ -125,6 +125,14 @@ def _refuse_other_models(model: Any) -> None:
         raise EngineError(
             f"{type(model).__name__} is an encoder-decoder; kvsieve compresses decoder-only models."
         )
+    # In older releases, hybrid models keep a cache of their own class, of which nothing is known.
+    default = getattr(model, "_supports_default_dynamic_cache", None)
+    if default is not None and not default():
+        raise EngineError(
+            f"{type(model).__name__} keeps its own kind of cache instead of the default one, in "
+            "this release of Transformers. Hybrid models can be compressed from the release on "
+            "in which they share the default cache: upgrade Transformers."
+        )
 
 
 def _layer_types(config: Any) -> list[str]:
