@@ -33,8 +33,7 @@ class Pyramid:
     With c the mean budget, W the window, n slots in the layer:
     ``least = (c - W) / beta``, ``most = 2 (c - W) - least``; where ``most > n - W`` it is cut to
     ``n - W`` and ``least`` takes the rest. Layer l keeps ``W + most - l (most - least) / (L - 1)``,
-    rounded so that all layers together keep exactly ``L c``. A row whose pyramid does not fit
-    (``n >= most >= least >= W`` fails) keeps c in every layer.
+    rounded so that all layers together keep exactly ``L c``.
     """
 
     beta: float = 20.0
@@ -59,13 +58,10 @@ class Pyramid:
     def layer_budget(self, layer: int, layers: int, mean: int, slots: int, window: int) -> int:
         """Return the slots per head of one layer, the window included."""
         free = mean - window
-        least = free / self.beta
-        most = 2 * free - least
-        if most >= slots - window:
-            most = slots - window
-            least = 2 * free - most
-        if layers == 1 or not slots >= most >= least >= window:
+        if layers == 1 or free <= 0 or slots <= mean:
             return mean
+        most = min(2 * free - free / self.beta, slots - window)
+        least = 2 * free - most
         slope = (most - least) / (layers - 1)
 
         def total_before(upto: int) -> int:

@@ -6,7 +6,8 @@ Cache Eviction by Adaptive Budget Allocation", arXiv 2407.11550). Wraps any meth
 H: KV heads, b: mean budget, floor: safeguard (0.2).
 
 Differs from the paper: one algorithm of the paper prints alpha as the share of the adaptive part;
-its text and code, and this file, use it as the guaranteed, uniform share.
+its text and code, and this file, use it as the guaranteed, uniform share. Where floor * b is below
+one slot there is no safeguard (kvpress then guarantees one).
 """
 
 from __future__ import annotations

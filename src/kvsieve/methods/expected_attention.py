@@ -65,7 +65,9 @@ class ExpectedAttention(ScorerDefaults):
         future = store["position"] >= self.sinks
         if store.live is not None:
             future = future & store.live
-        weights = logits.masked_fill(~future[:, :, None], -torch.inf).softmax(-1).mean(2)
+        weights = logits.masked_fill(~future[:, :, None], -torch.inf).softmax(-1)
+        # A row of nothing but sinks has no softmax.
+        weights = weights.masked_fill(~future[:, :, None], 0.0).mean(2)
         if not self.value_norm:
             return weights
         return (weights + self.epsilon) * store.values.float().norm(dim=-1)
@@ -133,7 +135,7 @@ def expected_attention(
             epsilon=epsilon,
             covariance=covariance,
             value_norm=value_norm,
-        ),  # fmt: skip
+        ),
         allocator=TopK(scope=Scope.LAYER, floor=0.2) if adaptive else Uniform(),
         schedule=AfterPrefill() | Every(interval),
         layout="ragged" if adaptive else "dense",

@@ -98,8 +98,12 @@ def g_kv(
 ) -> Recipe:
     """``decay``: alpha; ``importance``: lambda; ``kernel``: max-pooling of scores (1: off)."""
     scorer = GlobalAttention(
-        queries=window, decay=decay, importance=importance, threshold=threshold,
-        smoothing=smoothing, kernel=kernel,
-    )  # fmt: skip
+        queries=window,
+        decay=decay,
+        importance=importance,
+        threshold=threshold,
+        smoothing=smoothing,
+        kernel=kernel,
+    )
     schedule = AfterPrefill() | Every(interval)
     return Recipe(method="g-kv", scorer=scorer, schedule=schedule, recent=window)

@@ -54,7 +54,10 @@ class AccumulatedAttention(ScorerDefaults):
 
     def score(self, step: Step, store: Store) -> Tensor:
         total = store["attention"].expand(*store.counts.shape, -1)
-        return total / store["visits"] if self.normalise else total
+        if not self.normalise:
+            return total
+        # Padding that a finished row is fed may be seen by no query at all.
+        return total / store["visits"].clamp_min(1)
 
 
 @method(

@@ -4,10 +4,12 @@ Dynamic KV Cache Compression based on Pyramidal Information Funneling", arXiv 24
     least = (b - W) / beta,  most = 2 (b - W) - least
     layer l of L keeps  W + most - l (most - least) / (L - 1)
 
-b: mean budget, W: window (see ``allocators.Pyramid`` for the limits).
+b: mean budget, W: window. ``most`` is cut to the prompt without the window; ``least`` takes the
+rest.
 
-Differs from the paper: layer budgets are rounded so that together they are exactly L b; kvpress
-rounds each by itself and counts the window inside ``most`` and ``least``.
+Differs from the paper: layer budgets are rounded so that together they are exactly L b. kvpress
+rounds each by itself, puts the window inside ``most`` and ``least``, and gives all layers the same
+where ``least`` is below W; here W comes on top, and every pyramid stands.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ class Random(ScorerDefaults):
             x = x & 0xFFFFFFFF
             x = (x ^ (x >> 16)) * factor
         x = x & 0xFFFFFFFF
-        return ((x ^ (x >> 16)).float() / 2**32).expand(B, H, -1)
+        # 24 bits: what fp32 holds exactly, so that 1 is never reached.
+        return (((x ^ (x >> 16)) >> 8).float() / 2**24).expand(B, H, -1)
 
 
 @method(
