@@ -7,7 +7,8 @@
 
 n: the head's slots, v: value, W_O: its rows of the output projection.
 
-Differs from the paper: nothing known. With adakv around it, counts come from the base scores and
+Differs from the paper: protected slots (the base method's window) stay for sure; kvpress weighs
+them in the second stage like the others. With adakv around it, counts come from the base scores and
 the first stage keeps at least the safeguard, as in kvpress.
 """
 

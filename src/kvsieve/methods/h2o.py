@@ -10,7 +10,8 @@ could see slot i (kvpress calls that "observed attention").
 Needs the attention of every query: at prefill it is recomputed in blocks, at decode once more per
 step. Cost O(T S) per forward, memory O(S).
 
-Differs from the paper: grouped heads are averaged (the paper has no grouped attention).
+Differs from the paper: grouped heads are averaged (the paper has no grouped attention; kvpress
+averages too, microsoft/G-KV takes the maximum and adds the last query's attention at events only).
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ What the repetition stores is dropped. One top-k over all layers, heads and slot
 ``sinks`` tokens stay. Costs one to two further prefills, and the full cache until they are done.
 
 Differs from the paper: the request is fed only if its token ids are given (``repeat_ids``), since a
-cache has no tokenizer; the chat suffix counts as part of them. The normalised "plus" variant is
-not offered.
+cache has no tokenizer; the chat suffix counts as part of them, and every chunk gets the same
+request. A chat prefix is scored like the rest of the prompt (kvpress leaves it out, so that all of
+it but the sinks goes first). The normalised "plus" variant is not offered.
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@ A: softmax attention over all slots; pool: average (or maximum) over ``kernel`` 
 before the window. The W window tokens stay.
 
 Differs from the paper: the mean over the window replaces the paper's sum (the same order). The
-released code pools by maximum or average depending on the script; here ``pooling`` chooses.
+released code pools by maximum or average depending on the script; here ``pooling`` chooses. The
+group is averaged, as in kvpress; microsoft/G-KV's setting of this name takes its maximum, which is
+r-kv with ``importance=1``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""kvsieve against numbers that other people's code computed; see vectors/README.md."""
