@@ -172,6 +172,8 @@ class Store:
                 n: x if x.shape[1] == heads else x.expand(-1, heads, -1) for n, x in whole.items()
             }
             self.table = Ragged.pack(whole, index, counts)
+            # Versions go on from the old table's: equal ones would hide that the bytes changed.
+            self.table.version += table.version
         else:
             table.keep(index, counts, self.spare)
 
