@@ -15,7 +15,7 @@ from torch import Tensor
 from kvsieve.budget import Geometry
 from kvsieve.compose import Recipe
 from kvsieve.errors import EngineError, RecipeError
-from kvsieve.interfaces import Moment, Occasion, Round, Scope, Signal
+from kvsieve.interfaces import Moment, Occasion, Round, Schedule, Scope, Scorer, Signal
 from kvsieve.replay import Replay
 from kvsieve.report import Report, Stopwatch
 from kvsieve.step import LayerInfo, QueryWindow, Step, newest
@@ -31,6 +31,8 @@ class Forward:
     offset: Tensor | None = None
     prefill: bool = True
     due: bool = False
+    rows: Tensor | None = None  # [B] or [1] (all alike) bool, CPU: where the schedule is due
+    owing: Tensor | None = None  # [B] bool, CPU: those of them that are over their budget
     replayed: Tensor | None = None
     arrival: Arrival | None = None
     budgets: Tensor | None = None
@@ -120,22 +122,16 @@ class Session:
             self.current = Forward(T=T, live=running.live, offset=offset, replayed=running.span)
             return
         self.offset = offset
-        prefill = T > 1 or self.logical == 0
+        # A prompt of known length may come with a part of one token: that is no decode step.
+        prefill = T > 1 or self.logical == 0 or self.logical < (self.prompt_length or 0)
         self.logical += T
         complete = self.prompt_length is None or self.logical >= self.prompt_length
         self.decoded = 0 if prefill else self.decoded + 1
         self.decode_steps += 0 if prefill else 1
         forward = Forward(T=T, live=live, offset=offset, prefill=prefill)
         if self.recipe.compresses and self.recipe.schedule is not None:
-            held = [int(x.store.counts.max()) for x in self.layers if x.store.slots]
-            occasion = Occasion(
-                moment=Moment.AFTER_ATTEND,
-                prefill=prefill,
-                prompt_complete=complete,
-                decoded=self.decoded,
-                slots=max(held, default=0) + T,
-            )
-            forward.due = self.recipe.schedule.due(occasion)
+            forward.rows = self._due_rows(forward, self.recipe.schedule, complete)
+            forward.due = bool(forward.rows.any())
         self.current = forward
         self._pending.clear()
         if forward.due and prefill:
@@ -143,6 +139,23 @@ class Session:
         if self.replay is not None:
             self.replay.remember(ids, live)
         self.watch.start("prefill" if prefill else "decode")
+
+    def _due_rows(self, forward: Forward, schedule: Schedule, complete: bool) -> Tensor:
+        """Ask the schedule for each row by its own slots, so that no row depends on others."""
+        held = [x.store.counts.amax(1) for x in self.layers if x.store.slots]
+        slots = torch.stack(held).amax(0) if held else torch.zeros(1, dtype=torch.int64)
+        new = forward.T if forward.live is None else forward.live.sum(1).cpu()
+        occasions = [
+            Occasion(
+                moment=Moment.AFTER_ATTEND,
+                prefill=forward.prefill,
+                prompt_complete=complete,
+                decoded=self.decoded,
+                slots=n,
+            )
+            for n in (slots + new).tolist()
+        ]
+        return torch.tensor([schedule.due(occasion) for occasion in occasions])
 
     def _check_room(self, forward: Forward) -> None:
         lengths = torch.tensor(self._lengths_after(forward))
@@ -250,15 +263,26 @@ class Session:
         if self.replay is not None:
             self._pending.append(Pending(ordinal=ordinal, scores=step.positions, step=step))
             return
-        if not self._over_budget(layer.store):
+        if not bool(self._owing().any()):
             return
         self.owed = True
         with self.watch.part("compress", step.query.device):
-            scores = scorer.score(step, layer.store)
+            scores = self._score(scorer, step, layer.store)
             self._pending.append(Pending(ordinal=ordinal, scores=scores, step=step))
             last = ordinal == len(self.layers) - 1
             if self.recipe.scope is not Scope.MODEL or last:
                 self._decide()
+
+    def _score(self, scorer: Scorer, step: Step, store: Store) -> Tensor:
+        """Score a layer; rows that owe nothing keep their columns, as if they were alone."""
+        owing = self._owing()
+        names = [] if bool(owing.all()) else [column.name for column in scorer.columns]
+        before = {name: store[name].clone() for name in names}
+        scores = scorer.score(step, store)
+        here = owing.to(scores.device)[:, None, None]
+        for name, old in before.items():
+            store[name] = torch.where(here, store[name], old).expand(*store.counts.shape, -1)
+        return scores
 
     def _remember_queries(self, layer: LayerState, step: Step, window: int) -> None:
         if layer.recent is None:
@@ -289,7 +313,7 @@ class Session:
     def _decide_by_replay(self, run: Callable[[Tensor, Tensor], None] | None) -> None:
         scorer, replay, outer = self.recipe.scorer, self.replay, self._forward()
         assert scorer is not None and replay is not None, "only called with a replay"
-        if not any(self._over_budget(self.layers[p.ordinal].store) for p in self._pending):
+        if not bool(self._owing().any()):
             self._pending.clear()
             return
         self.owed = True
@@ -342,8 +366,13 @@ class Session:
             slack=store.slack or 0,
         )
 
-    def _over_budget(self, store: Store) -> bool:
-        return bool((store.seen > self.budgets()).any())
+    def _owing(self) -> Tensor:
+        """Return the rows that are due and have seen more than their budget, ``[B]`` bool."""
+        forward = self._forward()
+        if forward.owing is None:
+            assert forward.rows is not None, "only asked when the schedule is due"
+            forward.owing = forward.rows & (self.layers[0].store.seen > self.budgets())
+        return forward.owing
 
     def _decide(self) -> None:
         waiting, self._pending = self._pending, []
@@ -360,6 +389,11 @@ class Session:
             for p, store in zip(waiting, stores, strict=True)
         ]
         counts = self.recipe.allocator.allocate(scores, round)
+        # What a row keeps must not depend on whether another row is due.
+        counts = [
+            torch.where(self._owing()[:, None], count, store.counts)
+            for count, store in zip(counts, stores, strict=True)
+        ]
         for pending, store, score, count in zip(waiting, stores, scores, counts, strict=True):
             if not bool((count < store.counts).any()):
                 continue
