@@ -68,13 +68,14 @@ def best_of(rounds: list[Vector]) -> Vector:
     return [max(x) for x in zip(*rounds, strict=True)]
 
 
-def test_score_over_two_chunks() -> None:
+@pytest.mark.parametrize("sinks", [0, 2, 8])
+def test_score_over_two_chunks(sinks: int) -> None:
     context = draw(S=12)
     feeds = [(draw(S=7, seed=1), (0, 6)), (draw(S=9, seed=2), (6, 12))]
-    got = replayed(context, [(fed, [span, span]) for fed, span in feeds], sinks=2)
+    got = replayed(context, [(fed, [span, span]) for fed, span in feeds], sinks)
     want = [
         [
-            best_of([formula(row, rows(fed)[b], h, span, 2) for fed, span in feeds])
+            best_of([formula(row, rows(fed)[b], h, span, sinks) for fed, span in feeds])
             for h in row.heads
         ]
         for b, row in enumerate(rows(context))
