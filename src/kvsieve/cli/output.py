@@ -1,0 +1,71 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from kvsieve.report import Report
+
+_FILE_WIDTH = 200
+"""Columns of a table that goes to a file or a pipe."""
+
+
+def console() -> Console:
+    """Return the console of stdout; where it is no terminal, lines are not folded at 80."""
+    plain = Console(highlight=False, markup=False)
+    return plain if plain.is_terminal else Console(width=_FILE_WIDTH, highlight=False, markup=False)
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """Return an empty table; the columns of `right` are numbers."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left")
+    return made
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on stdout."""
+    typer.echo(json.dumps(value))
+
+
+def slots(report: Report) -> str:
+    """Return the least and the most slots of any head."""
+    heads = [count for layer in report.slots[0] for count in layer] if report.slots else [0]
+    least, most = min(heads), max(heads)
+    return str(least) if least == most else f"{least}–{most}"
+
+
+def share(report: Report) -> str:
+    """Return the share of bytes kept."""
+    return f"{report.bytes_kept / report.bytes_full:.1%}" if report.bytes_full else "–"
+
+
+def summary(report: Report, prompt_tokens: int, new_tokens: int, right: bool | None) -> str:
+    """Return a run's report in a few lines."""
+    seconds = report.seconds
+    budget = f"budget {report.budget}" if report.budget else "no budget"
+    marked = "" if right is None else f"answer    {verdict(right)}\n"
+    return (
+        f"{marked}"
+        f"method    {report.method}, {budget}\n"
+        f"tokens    {prompt_tokens} in the prompt, {new_tokens} new, "
+        f"{report.tokens_per_second:.1f} per second\n"
+        f"cache     {decimal(report.bytes_kept)} of {decimal(report.bytes_full)} kept "
+        f"({share(report)}), at most {decimal(report.bytes_peak)}\n"
+        f"slots     {slots(report)} per head, of {max(report.seen)} tokens seen\n"
+        f"seconds   {seconds['prefill']:.2f} prefill, {seconds['decode']:.2f} decode "
+        f"({seconds['compress']:.2f} of them compressing)"
+    )
+
+
+def verdict(right: bool | None) -> str:
+    """Return the mark of an answer."""
+    return {True: "right", False: "wrong", None: "–"}[right]
