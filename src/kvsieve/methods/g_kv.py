@@ -11,8 +11,8 @@ with the slot (column ``global``). At the end of the prompt and at every ``inter
 step; between them nothing is computed but a ring of W queries.
 
 Differs from the paper: scores are in fp32. Ties go to the earlier slot. ``smoothing`` also offers
-the paper's ``mean`` (alpha S + (1 - alpha) F) and ``sum`` (alpha S + F).The released
-code can leave out the division by the maximum; here only r-kv, which carries no score, does.
+the paper's ``mean`` (alpha S + (1 - alpha) F) and ``sum`` (alpha S + F). The released code can do
+without the division by the maximum; here only r-kv, which carries no score, does so.
 """
 
 from __future__ import annotations
