@@ -1,7 +1,8 @@
 """Train the reference model: `python recipes/reference_model/train.py --out DIR`.
 
 The same command resumes an interrupted run from its last checkpoint and ends with the same weights
-(on the same machine and thread count). `--smoke` trains a tiny model for a few steps.
+(on the same machine and thread count). `--refine DIR` starts from the weights of a finished run and
+trains them on first answers. `--smoke` trains a tiny model for a few steps.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,19 @@ _SMOKE_SHAPE = Shape(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
 class Settings:
     """All that decides about the weights at the end; a resumed run must have the same."""
 
-    steps: int = 3200
+    steps: int = 3000
     seed: int = 1
     tokens: int = 4096
     warm_up: int = 60
     decay: float = 0.5
     smoke: bool = False
+    course: str = "whole"
+    peak: float = 1.0
 
     def rate(self, step: int) -> float:
-        """Factor on the learning rates: warm-up, constant, then linear decay to 2 %."""
+        """Factor on the learning rates: warm-up to `peak`, constant, then linear decay to 2 %."""
         left = (self.steps - step) / (self.steps * self.decay)
-        return min(1.0, (step + 1) / self.warm_up, max(0.02, left))
+        return self.peak * min(1.0, (step + 1) / self.warm_up, max(0.02, left))
 
 
 class Run:
@@ -55,15 +58,21 @@ class Run:
         self.trunk = self.model.model if settings.smoke else compiled
         self.step, self.seconds = 0, 0.0
 
+    def start_from(self, folder: Path) -> None:
+        """Take over the weights (not the optimizer's state) of another run's checkpoint."""
+        state = torch.load(folder / CHECKPOINT, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+
     def resume(self) -> bool:
         """Load the checkpoint, if there is one; raise ValueError where it is of other settings."""
         if not self.path.exists():
             return False
         state: dict[str, Any] = torch.load(self.path, map_location=self.device, weights_only=True)
-        if state["settings"] != asdict(self.settings):
+        before = Settings(**state["settings"])
+        if before != self.settings:
             raise ValueError(
-                f"{self.path} was trained with {state['settings']}, asked for are "
-                f"{asdict(self.settings)}: give the same options, or another --out"
+                f"{self.path} was trained with {before}, asked for is {self.settings}: "
+                "give the same options, or another --out"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -88,7 +97,9 @@ class Run:
         """One step; return its loss, the share of answer tokens that were right, its tokens."""
         begin, settings = time.perf_counter(), self.settings
         share = self.step / settings.steps
-        ids, weights = data.batch(settings.seed, self.step, share, settings.tokens)
+        ids, weights = data.batch(
+            data.COURSES[settings.course], settings.seed, self.step, share, settings.tokens
+        )
         ids, weights = ids.to(self.device), weights[:, 1:].to(self.device)
         answered = weights > 0
         with torch.autocast(self.device.split(":")[0], torch.bfloat16):
@@ -131,7 +142,8 @@ def _show(
     console.print(
         f"step [bold]{run.step}[/]/{run.settings.steps}  loss {sum(losses) / len(losses):.4f}  "
         f"tokens right {sum(rights) / len(rights):.4f}  {speed:,.0f} tokens/s  "
-        f"{run.seconds / 60:.1f} min, {left:.0f} min left"
+        f"{run.seconds / 60:.1f} min, {left:.0f} min left",
+        soft_wrap=True,
     )
 
 
@@ -139,24 +151,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, help="default 3200 (12 with --smoke)")
+    parser.add_argument(
+        "--steps", type=int, help="default 3000; 600 with --refine, 12 with --smoke"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--save-seconds", type=float, default=120, help="between checkpoints")
     parser.add_argument("--stop-at", type=int, help="save and end at this step, to go on later")
+    parser.add_argument(
+        "--refine", type=Path, help="folder of a finished run: train its weights on first answers"
+    )
     parser.add_argument("--smoke", action="store_true", help="a tiny model, a few steps")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = Settings(steps=options.steps or 3200, seed=options.seed)
-    if options.smoke:
-        settings = Settings(options.steps or 12, options.seed, tokens=512, warm_up=4, smoke=True)
+    run = Run(_settings(options), options.out, options.device)
     console = Console()
-    run = Run(settings, options.out, options.device)
     if run.resume():
         console.print(f"resume at step {run.step}")
+    elif options.refine is not None:
+        run.start_from(options.refine)
     train(run, options.save_seconds, console, options.stop_at)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    chosen = Settings(seed=options.seed)
+    if options.smoke:
+        chosen = replace(chosen, steps=12, tokens=512, warm_up=4, smoke=True)
+    if options.refine is not None:
+        steps = chosen.steps if options.smoke else 600
+        chosen = replace(chosen, steps=steps, course="first-answers", peak=0.4, decay=0.9)
+    return chosen if options.steps is None else replace(chosen, steps=options.steps)
 
 
 if __name__ == "__main__":
