@@ -47,7 +47,8 @@ class Pyramid:
         """Return each layer's own budget, the same for its heads."""
         counts = []
         for layer, live in zip(round.layers, round.live, strict=True):
-            slots = live.amax(1).tolist()
+            # What has passed, not what is left: a layer that was cut before keeps its share.
+            slots = (live.amax(1) if round.seen is None else round.seen).tolist()
             budgets = [
                 self.layer_budget(layer, round.layer_count, int(c), n, round.window)
                 for c, n in zip(round.budgets.tolist(), slots, strict=True)

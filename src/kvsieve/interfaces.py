@@ -85,7 +85,8 @@ class Round:
 
     ``budgets``: mean slots per head allowed in each row, ``[B]`` int64 on the CPU;
     ``layers``: ordinals of the layers among the ``layer_count`` compressed ones;
-    ``live``: per layer, live slots ``[B, H]``; ``window``: protected recent slots.
+    ``live``: per layer, live slots ``[B, H]``; ``window``: protected recent slots; ``seen``: tokens
+    that have passed in each row, ``[B]`` (None: as many as the fullest head of the layer holds).
     """
 
     budgets: Tensor
@@ -93,6 +94,7 @@ class Round:
     layer_count: int
     live: list[Tensor] = field(default_factory=list)
     window: int = 0
+    seen: Tensor | None = None
 
 
 @runtime_checkable

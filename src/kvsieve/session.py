@@ -381,6 +381,7 @@ class Session:
             budgets=self.budgets(),
             layers=tuple(p.ordinal for p in waiting),
             layer_count=len(self.layers),
+            seen=stores[0].seen,
             live=[store.counts for store in stores],
             window=self.recipe.recent_slots(int(self.budgets().min())),
         )
