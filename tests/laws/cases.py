@@ -1,0 +1,91 @@
+"""Every registered method at a toy scale, and a few combinations, as test cases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from models import padded, prompt
+from torch import Tensor
+
+import kvsieve
+from kvsieve import Recipe, registry
+
+BUDGET = 12
+LENGTHS = (40, 29, 9)  # the last row is below the budget until it has decoded for a while
+STEPS = 7
+
+# Options at the size of the toy prompts, for every method that has them.
+SMALL = {"window": 4, "interval": 3, "future": 16, "chunk": 16, "sinks": 2, "kernel": 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with options, by a name that pytest shows."""
+
+    name: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self, budget: int | float | str = BUDGET) -> Recipe:
+        """Build it; a method that removes nothing takes no budget."""
+        if not self.compresses:
+            return kvsieve.recipe(self.method, **self.options)
+        return kvsieve.recipe(self.method, budget=budget, **self.options)
+
+    @property
+    def compresses(self) -> bool:
+        return registry.find(self.method).build(**self._own).compresses
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {k: v for k, v in self.options.items() if k not in ("schedule", "layout")}
+
+    @property
+    def chunk_invariant(self) -> bool:
+        return registry.find(self.method).chunk_invariant
+
+
+def _case(method: str, name: str | None = None, **options: Any) -> Case:
+    names = set(registry.find(method).options())
+    if registry.find(method).wraps:
+        inner = options.get("scorer") or registry.find(method).options()["scorer"].default
+        names |= set(registry.find(inner).options())
+    small = {key: value for key, value in SMALL.items() if key in names}
+    return Case(name or method, method, small | options)
+
+
+BOTH = "after-prefill|each-step"
+CASES = [
+    *(_case(name) for name in registry.methods()),
+    _case("adakv", "adakv-h2o", scorer="h2o"),
+    _case("adakv", "adakv-keydiff", scorer="keydiff"),
+    _case("adakv", "adakv-g-kv", scorer="g-kv"),
+    _case("criticalkv", "criticalkv-h2o", scorer="h2o"),
+    _case("criticalkv", "criticalkv-adakv", scorer="adakv", window=4, kernel=3),
+    _case("h2o", "h2o-normalised", normalise=True),
+    _case("h2o", "h2o-ragged", layout="ragged"),
+    _case("kvzip", "kvzip-layer", scope="layer"),
+    _case("laprox", "laprox-layer", scope="layer"),
+    _case("laprox", "laprox-each-step", schedule=BOTH),
+    _case("snapkv", "snapkv-each-step", schedule=BOTH),
+    _case("adakv", "adakv-each-step", schedule=BOTH),
+    _case("g-kv", "g-kv-each-step", schedule=BOTH),
+    _case("pyramidkv", "pyramidkv-each-step", schedule=BOTH),
+    _case("expected-attention", "expected-attention-each-step", schedule=BOTH),
+    _case("expected-attention", "expected-attention-even", adaptive=False),
+    _case("keydiff", "keydiff-decode-only", schedule="every:2"),
+]
+COMPRESSING = [case for case in CASES if case.compresses]
+
+FAMILIES = ("llama", "qwen3")
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Return ids and mask ``[3, 40]`` of rows of unequal length, padded on the left."""
+    return padded(rows())
+
+
+def rows() -> list[Tensor]:
+    """Return the batch's rows ``[1, n]`` by themselves."""
+    return [prompt(n, seed) for seed, n in enumerate(LENGTHS)]
