@@ -27,7 +27,7 @@ ADVERTISED: dict[str, tuple[int, ...]] = {
 measured by recipes/reference_model/evaluate.py (benchmarks/reference_accuracy.jsonl)."""
 
 _LENGTHS = (64, 2048)
-_STEPS = {"reasoning": (1, 200), "walk": (2, 120)}
+_STEPS = {"reasoning": (1, 220), "walk": (2, 120)}
 _DEFAULT_LENGTH, _DEFAULT_STEPS = 600, {"reasoning": 80, "walk": 60}
 _MARKS = {"<bos>", "<eos>", "<pad>"}
 
