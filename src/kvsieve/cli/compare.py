@@ -95,7 +95,7 @@ def _run_all(
     status.step("loading the model")
     opened = choice.open()
     ids = prompts.encode(source.text, opened, chat)
-    limit = prompts.room(ids.shape[1], opened, max_new_tokens)
+    limit = prompts.room(ids.shape[1], opened, max_new_tokens, source.sample)
     model = opened.weights()
 
     def one(name: str, recipe: Recipe, tokens: Any = ids, limit: int = limit) -> Outcome:

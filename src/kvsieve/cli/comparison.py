@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rich.filesize import decimal
-
 from kvsieve.cli.generation import Outcome
-from kvsieve.cli.output import console, share, slots, table, verdict
+from kvsieve.cli.output import console, share, size, slots, table, verdict
 from kvsieve.cli.prompts import Prompt
 
-_OTHER_COLUMNS = 94
+_NUMBERS = ("kept", "full", "%", "peak", "slots", "tok/s", "s")
+_OTHER_COLUMNS = 92
 """Width of everything but the answer."""
+_WIDE = _OTHER_COLUMNS + 28
+_NAME = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,32 +43,39 @@ def json_object(rows: list[Row], source: Prompt) -> dict[str, Any]:
 
 
 def print_table(rows: list[Row], source: Prompt) -> None:
-    """Print one row per method."""
+    """Print one row per method; on a narrow terminal the answers follow below the numbers."""
     out = console()
-    numbers = ("kept", "full", "%", "peak", "slots", "tok/s", "s")
-    marked = ("",) if source.sample is not None else ()
-    made = table("method", *marked, *numbers, "answer", right=numbers)
-    width = max(24, out.width - _OTHER_COLUMNS)
+    wide = out.width >= _WIDE
+    marked = source.sample is not None
+    head = ["method", *(["right"] if marked else []), *_NUMBERS]
+    made = table(*head, *(["answer"] if wide else []), right=_NUMBERS, whole=("method", "right"))
+    below = []
     for row in rows:
-        cells = [] if row.outcome is None else _numbers(row.outcome)
-        if marked:
-            cells = [verdict(row.right), *cells] if cells else []
-        cells = cells or ["–"] * (len(numbers) + len(marked))
-        text = f"Error: {row.error}" if row.outcome is None else excerpt(row.outcome.text, width)
-        made.add_row(row.method, *cells, text)
+        text = _text(row, out.width - (_OTHER_COLUMNS if wide else _NAME))
+        cells = ["–"] * (len(head) - 1)
+        if row.outcome is not None:
+            cells = [*([verdict(row.right)] if marked else []), *_numbers(row.outcome)]
+        made.add_row(row.method, *cells, *([text] if wide else []))
+        below.append(f"{row.method:<{_NAME}}{text}")
     if source.sample is not None:
-        out.print(f"right answer: {excerpt(source.sample.answer, out.width - 14)}")
+        out.print(f"right answer: {excerpt(source.sample.answer, out.width - 14)}\n")
     out.print(made)
+    if not wide:
+        out.print("\n".join(below))
+
+
+def _text(row: Row, width: int) -> str:
+    return f"Error: {row.error}" if row.outcome is None else excerpt(row.outcome.text, width)
 
 
 def _numbers(outcome: Outcome) -> list[str]:
     report = outcome.report
     seconds = report.seconds["prefill"] + report.seconds["decode"]
     return [
-        decimal(report.bytes_kept),
-        decimal(report.bytes_full),
+        size(report.bytes_kept),
+        size(report.bytes_full),
         share(report),
-        decimal(report.bytes_peak),
+        size(report.bytes_peak),
         slots(report),
         f"{report.tokens_per_second:.0f}",
         f"{seconds:.1f}",

@@ -15,7 +15,9 @@ def methods(json: o.Json = False) -> None:
     if json:
         print_json([{field: entry[field] for field in FIELDS} for entry in entries])
         return
-    made = table("name", "paper", "acts in", "budget per", "needs", "engines")
+    made = table(
+        "name", "paper", "acts in", "budget per", "needs", "engines", whole=("name", "engines")
+    )
     for entry in entries:
         year = f" ({entry['year']})" if entry["year"] else ""
         made.add_row(

@@ -111,7 +111,7 @@ def _reference(choice: Choice) -> Opened:
 def _users(choice: Choice, name: str) -> Opened:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    if name.startswith((".", "/")) and not Path(name).is_dir():
         raise BadInput(f"Can't load the model {name!r}: there is no such folder.")
     with _loading(name):
         config = AutoConfig.from_pretrained(name)

@@ -99,7 +99,8 @@ Protect = Annotated[
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(
-        help="Stop after that many tokens; otherwise 2048, or what the model's context leaves.",
+        help="Stop after that many tokens; otherwise 2048 (the reference model: enough for its "
+        "answers), or what the context leaves.",
         show_default=False,
         rich_help_panel=_GENERATION,
     ),

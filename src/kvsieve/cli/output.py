@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import typer
@@ -23,17 +24,26 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(width=_FILE_WIDTH, highlight=False, markup=False)
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """Return an empty table; the columns of `right` are numbers."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+def table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """Return an empty table; the columns of `right` are numbers, `whole` and `right` never wrap."""
+    made = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column in columns:
-        made.add_column(column, justify="right" if column in right else "left")
+        made.add_column(
+            column,
+            justify="right" if column in right else "left",
+            no_wrap=column in (*right, *whole),
+        )
     return made
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document on stdout."""
     typer.echo(json.dumps(value))
+
+
+def size(count: int) -> str:
+    """Return a number of bytes in three digits or so."""
+    return decimal(count, precision=1 if count >= 1_000_000 else 0)
 
 
 def slots(report: Report) -> str:
@@ -58,8 +68,8 @@ def summary(report: Report, prompt_tokens: int, new_tokens: int, right: bool | N
         f"method    {report.method}, {budget}\n"
         f"tokens    {prompt_tokens} in the prompt, {new_tokens} new, "
         f"{report.tokens_per_second:.1f} per second\n"
-        f"cache     {decimal(report.bytes_kept)} of {decimal(report.bytes_full)} kept "
-        f"({share(report)}), at most {decimal(report.bytes_peak)}\n"
+        f"cache     {size(report.bytes_kept)} of {size(report.bytes_full)} kept "
+        f"({share(report)}), at most {size(report.bytes_peak)}\n"
         f"slots     {slots(report)} per head, of {max(report.seen)} tokens seen\n"
         f"seconds   {seconds['prefill']:.2f} prefill, {seconds['decode']:.2f} decode "
         f"({seconds['compress']:.2f} of them compressing)"

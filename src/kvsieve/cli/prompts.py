@@ -13,7 +13,11 @@ from kvsieve.cli.models import Opened
 if TYPE_CHECKING:
     from kvsieve.reference import Sample
 
-DEFAULT_NEW_TOKENS = 2048
+_NEW_TOKENS = 2048
+_REFERENCE_NEW_TOKENS = 1280
+"""The reference model's longest answer, 200 steps of reasoning, has 1205 tokens."""
+_BEYOND = 32
+"""Tokens after which an answer that is longer than the right one is cut off."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,15 @@ def encode(text: str, opened: Opened, chat: bool) -> Any:
     return ids
 
 
-def room(prompt_tokens: int, opened: Opened, asked: int | None) -> int:
+def room(prompt_tokens: int, opened: Opened, asked: int | None, sample: Sample | None) -> int:
     """Return how many tokens may be generated.
 
     Raises:
         BadInput: the prompt and those tokens don't fit into the model's context.
     """
+    wanted = asked or _default_new_tokens(opened, sample)
     if opened.context is None:
-        return asked or DEFAULT_NEW_TOKENS
+        return wanted
     left = opened.context - prompt_tokens
     if left < (asked or 1):
         raise BadInput(
@@ -115,7 +120,13 @@ def room(prompt_tokens: int, opened: Opened, asked: int | None) -> int:
             f"{opened.name} takes {opened.context} in all. Shorten the prompt or lower "
             "--max-new-tokens."
         )
-    return asked or min(DEFAULT_NEW_TOKENS, left)
+    return min(wanted, left)
+
+
+def _default_new_tokens(opened: Opened, sample: Sample | None) -> int:
+    if sample is not None:
+        return sample.answer_tokens + _BEYOND
+    return _REFERENCE_NEW_TOKENS if opened.reference else _NEW_TOKENS
 
 
 def check_generation(max_new_tokens: int | None, temperature: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from kvsieve.cli import prompts, settings
 from kvsieve.cli.generation import Outcome, generate
 from kvsieve.cli.models import Choice
 from kvsieve.cli.output import print_json, summary
-from kvsieve.cli.status import Status, one_terminal
+from kvsieve.cli.status import Status
 from kvsieve.compose import Recipe
 
 
@@ -57,27 +56,16 @@ def run(
     )  # fmt: skip
     with Status() as status:
         outcome = _generate(
-            built, choice, source, status, _writer(status, json),
-            chat=chat, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            built, choice, source, status,
+            show=not json, chat=chat, max_new_tokens=max_new_tokens,
+            temperature=temperature, seed=seed,
         )  # fmt: skip
     if json:
         print_json(outcome.to_dict())
         return
-    typer.echo("\n" if one_terminal() else "")
+    typer.echo()
     right = source.right(outcome.text)
     typer.echo(summary(outcome.report, outcome.prompt_tokens, outcome.new_tokens, right), err=True)
-
-
-def _writer(status: Status, json: bool) -> Callable[[str], None]:
-    """Return what takes the pieces of text as they come."""
-
-    def write(piece: str) -> None:
-        if piece and not json:
-            if one_terminal():
-                status.hide()
-            typer.echo(piece, nl=False)
-
-    return write
 
 
 def _generate(
@@ -85,26 +73,26 @@ def _generate(
     choice: Choice,
     source: prompts.Prompt,
     status: Status,
-    write: Callable[[str], None],
     *,
+    show: bool,
     chat: bool,
     max_new_tokens: int | None,
     temperature: float,
     seed: int,
 ) -> Outcome:
-    status.step("loading the tokenizer")
+    status.step("loading the model")
     opened = choice.open()
     ids = prompts.encode(source.text, opened, chat)
-    limit = prompts.room(ids.shape[1], opened, max_new_tokens)
+    limit = prompts.room(ids.shape[1], opened, max_new_tokens, source.sample)
     if not opened.reference:
         built = settings.with_request(built, opened.tokenizer)
-    status.step("loading the model")
     weights = opened.weights()
     status.step(f"reading {ids.shape[1]} tokens")
 
     def on_text(piece: str) -> None:
         status.token("writing", limit)
-        write(piece)
+        if piece and show:
+            status.text(piece)
 
     return generate(
         weights, opened.tokenizer, built, ids,
