@@ -61,7 +61,7 @@ def print_table(rows: list[Row], source: Prompt) -> None:
         out.print(f"right answer: {excerpt(source.sample.answer, out.width - 14)}\n")
     out.print(made)
     if not wide:
-        out.print("\n".join(below))
+        out.print("", *below, sep="\n")
 
 
 def _text(row: Row, width: int) -> str:

@@ -32,6 +32,7 @@ def table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -
             column,
             justify="right" if column in right else "left",
             no_wrap=column in (*right, *whole),
+            overflow="fold",
         )
     return made
 
