@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tests.cli.support import call
 
 from kvsieve import reference
 from kvsieve.cli.models import Choice
+
+from .support import call
 
 WORDS = ("--prompt", "add")
 KNORM = ("--method", "knorm", "--budget", "10")

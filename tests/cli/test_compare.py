@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.cli.support import call, call_json
-
 from kvsieve import reference
+
+from .support import call, call_json
 
 SAMPLE = ("--sample", "retrieval", "--seed", "1", "--length", "128")
 TASK = reference.sample("retrieval", seed=1, length=128)

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.support import call
 
 from kvsieve import reference
 from kvsieve.cli.guard import Failed, working
 from kvsieve.errors import BudgetError, EngineError
+
+from .support import call
 
 PROGRAM = (sys.executable, "-c", "from kvsieve.cli import main; main()")
 LONG = ("run", "--method", "full", "--sample", "reasoning", "--steps", "200")

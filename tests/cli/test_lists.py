@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.cli.support import call, call_json
 
 import kvsieve
 from kvsieve import reference
 from kvsieve.catalogue import DOCUMENTS, FULL, catalogue, methods_table, refresh, refreshed
 from kvsieve.registry import methods
+
+from .support import call, call_json
 
 ROOT = Path(__file__).parents[2]
 

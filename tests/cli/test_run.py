@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.cli.support import call, call_json
 
+import kvsieve
 from kvsieve import reference
 from kvsieve.cli.generation import Streamer
+from kvsieve.cli.settings import with_request
+
+from .support import call, call_json
 
 ANSWER = reference.sample("reasoning", seed=5, steps=12).answer
 
@@ -69,10 +72,11 @@ def test_a_wrong_answer_is_called_wrong() -> None:
 
 def test_options_reach_the_method(story: Path) -> None:
     settings = ("--set", "sinks=3", "--set", "schedule=each-step", "--set", "recent=0.25")
-    few = run("--method", "knorm", "--budget", "20", *settings, story=story)
+    short = ("--max-new-tokens", "8")
+    few = run("--method", "knorm", "--budget", "20", *settings, *short, story=story)
     assert few["cache"]["slots"] == [[20] * 4] * 4
     shared = ("--method", "adakv", "--set", "scorer=h2o", "--set", "normalise=true")
-    uneven = run(*shared, "--budget", "20%", "--set", "floor=0", story=story)
+    uneven = run(*shared, "--budget", "20%", "--set", "floor=0", *short, story=story)
     assert len({n for layer in uneven["cache"]["slots"] for n in layer}) > 1
 
 
@@ -86,7 +90,7 @@ def test_protected_tokens_need_room(story: Path) -> None:
 def test_a_recipe_file_says_it_all(story: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text('method = "streaming-llm"\nbudget = 24\nsinks = 2\n', "utf-8")
-    ran = run("--recipe", str(recipe), story=story)
+    ran = run("--recipe", str(recipe), "--max-new-tokens", "8", story=story)
     assert ran["method"] == "streaming-llm" and ran["cache"]["slots"][0] == [24] * 4
     both = call("run", "--recipe", str(recipe), "--budget", "9", "--prompt-file", str(story))
     assert both.code == 2 and "give it alone" in both.err
@@ -126,3 +130,21 @@ def test_streaming_never_shows_half_a_character(text: str) -> None:
         assert text.startswith("".join(pieces))
     streamer.end()
     assert "".join(pieces) == text
+
+
+class Words:
+    """A tokenizer that numbers the request."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert text == "\n\nRepeat the previous context exactly." and not add_special_tokens
+        return [7, 8, 9]
+
+
+def test_kvzip_is_given_its_request_in_the_tokens_of_the_model() -> None:
+    bare = kvsieve.recipe("kvzip", budget="50%", chunk=64)
+    filled = with_request(bare, Words())
+    assert filled.options == {"chunk": 64, "repeat_ids": (7, 8, 9)}
+    assert filled.budget == bare.budget
+    given = kvsieve.recipe("kvzip", budget="50%", repeat_ids=(1,))
+    other = kvsieve.recipe("snapkv", budget="50%")
+    assert with_request(given, Words()) is given and with_request(other, Words()) is other

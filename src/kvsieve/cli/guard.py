@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -56,9 +55,6 @@ def ending(group: Guarded | None = None) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(say("Interrupted.", INTERRUPTED))
-    except BrokenPipeError:
-        hush()
-        sys.exit(FAILED)
     except Exception as error:
         if group is not None and group.traceback:
             traceback.print_exc()
@@ -87,11 +83,6 @@ def say(message: str, code: int) -> int:
     return code
 
 
-def hush() -> None:
-    """Send stdout nowhere, after whoever read it has gone; flushing at exit stays quiet."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @contextmanager
 def working() -> Iterator[None]:
     """Mark what runs inside as work: what fails there is no bad input any more."""
@@ -101,5 +92,5 @@ def working() -> Iterator[None]:
         raise  # among them recipe errors that only a prompt's length brings out
     except (KVSieveError, RuntimeError, OSError) as error:
         if isinstance(error, BrokenPipeError):
-            raise
+            raise  # Typer ends quietly
         raise Failed(str(error) or type(error).__name__) from error
