@@ -26,13 +26,14 @@ class Geometry:
 
     ``slot_bytes``: bytes of one slot of one head, columns included; ``heads``: KV heads of all
     compressed layers together; ``rows``: batch size; ``slack``: slots above the budget that the
-    schedule allows.
+    schedule allows; ``fixed``: bytes per row that don't depend on slots (remembered queries).
     """
 
     slot_bytes: int
     heads: int
     rows: int
     slack: int
+    fixed: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,17 @@ class Budget:
             # The tiny addend keeps 0.1 * 10 from becoming 0.
             exact = lengths.double() * self.value + 1e-9
             return exact.floor().to(lengths.dtype).clamp_min(1)
-        per_head = int(self.value) // (geometry.slot_bytes * geometry.heads * geometry.rows)
+        row = int(self.value) // geometry.rows - geometry.fixed
+        per_head = row // (geometry.slot_bytes * geometry.heads)
         # The slack, and the room that tables keep for new tokens (a 16th, or 32 slots), count.
         held = int((per_head - SPARE_SLOTS) / (1 + 1 / SPARE_SHARE)) - geometry.slack - 1
         if held < 1:
             slots = math.ceil((geometry.slack + 2) * (1 + 1 / SPARE_SHARE)) + SPARE_SLOTS
-            least = geometry.slot_bytes * geometry.heads * geometry.rows * slots
+            least = geometry.slot_bytes * geometry.heads * slots + geometry.fixed
             raise BudgetError(
                 f"A budget of {self} is too small for one slot in each of the {geometry.heads} KV "
-                f"heads of {geometry.rows} row(s). The least this recipe can hold is {least} bytes."
+                f"heads of {geometry.rows} row(s). The least this recipe can hold is "
+                f"{least * geometry.rows} bytes."
             )
         return torch.full_like(lengths, held)
 

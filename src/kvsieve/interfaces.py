@@ -112,6 +112,12 @@ class Scorer(Protocol):
         """Number of recent queries to remember across forwards (0: none)."""
         ...
 
+    @property
+    def moments(self) -> int | None:
+        """Whether the step should show moments of the prompt's queries before rotation, and how
+        many first positions they leave out (None: no moments)."""
+        ...
+
     def observe(self, step: Step, store: Store) -> None:
         """Update running columns; called once per layer after every forward."""
         ...
@@ -177,6 +183,10 @@ class ScorerDefaults:
     @property
     def window(self) -> int:
         return 0
+
+    @property
+    def moments(self) -> int | None:
+        return None
 
     def observe(self, step: Step, store: Store) -> None:
         """Keep no running state."""

@@ -94,7 +94,8 @@ class Report:
             method=session.recipe.method,
             budget=None if session.recipe.budget is None else str(session.recipe.budget),
             bytes_full=session.bytes_full + other_bytes,
-            bytes_kept=sum(layer.store.nbytes() for layer in session.layers) + other_bytes,
+            bytes_kept=sum(layer.store.nbytes() + layer.state_bytes() for layer in session.layers)
+            + other_bytes,
             bytes_peak=session.bytes_peak + other_bytes,
             slots=_slots(session),
             seen=session.layers[0].store.seen.tolist(),

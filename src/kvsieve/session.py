@@ -7,58 +7,19 @@ asks: a layer at once, a whole model when its last layer has been scored.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvsieve.budget import Geometry
 from kvsieve.compose import Recipe
+from kvsieve.decision import Decision
 from kvsieve.errors import EngineError, RecipeError
-from kvsieve.interfaces import Moment, Occasion, Round, Schedule, Scope, Scorer, Signal
+from kvsieve.forward import Forward, LayerState, Pending
+from kvsieve.interfaces import Scope, Scorer, Signal
 from kvsieve.replay import Replay
 from kvsieve.report import Report, Stopwatch
-from kvsieve.step import LayerInfo, QueryWindow, Step, newest
+from kvsieve.step import LayerInfo, Step
 from kvsieve.store import Arrival, Store
-
-
-@dataclass(kw_only=True)
-class Forward:
-    """What one forward brings to all layers: T tokens per row, which of them are real."""
-
-    T: int
-    live: Tensor | None = None
-    offset: Tensor | None = None
-    prefill: bool = True
-    due: bool = False
-    rows: Tensor | None = None  # [B] or [1] (all alike) bool, CPU: where the schedule is due
-    owing: Tensor | None = None  # [B] bool, CPU: those of them that are over their budget
-    replayed: Tensor | None = None
-    arrival: Arrival | None = None
-    budgets: Tensor | None = None
-
-
-@dataclass(kw_only=True)
-class LayerState:
-    """One compressed layer: its table, its query window, its last step."""
-
-    info: LayerInfo
-    store: Store
-    recent: QueryWindow | None = None
-    positions: Tensor | None = None
-    mark: tuple[Tensor, int | Tensor] | None = None
-    logical: int = 0
-    version: int = -1
-    nbytes: int = 0
-
-
-@dataclass(kw_only=True)
-class Pending:
-    """A layer that was scored and waits for the decision."""
-
-    ordinal: int
-    scores: Tensor
-    step: Step
 
 
 class Session:
@@ -92,14 +53,8 @@ class Session:
         self.watch = Stopwatch()
         self._bytes = 0
         self._pending: list[Pending] = []
-        self._check_bytes()
-
-    def _check_bytes(self) -> None:
-        """Refuse bytes that don't hold one row, as far as it can be told before anything runs."""
-        budget, geometry = self.recipe.budget, self._geometry(1)
-        if budget is not None and budget.kind == "bytes" and geometry is not None:
-            slots = budget.slots(torch.ones(1, dtype=torch.int64), geometry)
-            self.recipe.check_room(int(slots[0]))
+        self.decision = Decision(recipe, self.layers)
+        self.decision.check_bytes()
 
     # -- one forward ---------------------------------------------------------------------------
 
@@ -126,52 +81,20 @@ class Session:
         prefill = T > 1 or self.logical == 0 or self.logical < (self.prompt_length or 0)
         self.logical += T
         complete = self.prompt_length is None or self.logical >= self.prompt_length
+        first_part = self.logical == T or self.decoded > 0
         self.decoded = 0 if prefill else self.decoded + 1
         self.decode_steps += 0 if prefill else 1
-        forward = Forward(T=T, live=live, offset=offset, prefill=prefill)
+        forward = Forward(T=T, live=live, offset=offset, prefill=prefill, first_part=first_part)
         if self.recipe.compresses and self.recipe.schedule is not None:
-            forward.rows = self._due_rows(forward, self.recipe.schedule, complete)
+            forward.rows = self.decision.due_rows(forward, complete, self.decoded)
             forward.due = bool(forward.rows.any())
         self.current = forward
         self._pending.clear()
         if forward.due and prefill:
-            self._check_room(forward)
+            self.decision.check_room(forward)
         if self.replay is not None:
             self.replay.remember(ids, live)
         self.watch.start("prefill" if prefill else "decode")
-
-    def _due_rows(self, forward: Forward, schedule: Schedule, complete: bool) -> Tensor:
-        """Ask the schedule for each row by its own slots, so that no row depends on others."""
-        held = [x.store.counts.amax(1) for x in self.layers if x.store.slots]
-        slots = torch.stack(held).amax(0) if held else torch.zeros(1, dtype=torch.int64)
-        new = forward.T if forward.live is None else forward.live.sum(1).cpu()
-        occasions = [
-            Occasion(
-                moment=Moment.AFTER_ATTEND,
-                prefill=forward.prefill,
-                prompt_complete=complete,
-                decoded=self.decoded,
-                slots=n,
-            )
-            for n in (slots + new).tolist()
-        ]
-        return torch.tensor([schedule.due(occasion) for occasion in occasions])
-
-    def _check_room(self, forward: Forward) -> None:
-        lengths = torch.tensor(self._lengths_after(forward))
-        geometry = self._geometry(len(lengths))
-        if self.recipe.budget is None or geometry is None:
-            return
-        budgets = self.recipe.budget.slots(lengths, geometry)
-        for length, budget in zip(lengths.tolist(), budgets.tolist(), strict=True):
-            self.recipe.check_room(budget, length)
-
-    def _lengths_after(self, forward: Forward) -> list[int]:
-        seen = self.layers[0].store.seen
-        if forward.live is not None:
-            new = forward.live.sum(1).cpu()
-            return ((seen if seen.numel() else 0) + new).tolist()
-        return (seen + forward.T).tolist() if seen.numel() else [forward.T]
 
     def append(self, ordinal: int, keys: Tensor, values: Tensor) -> Store:
         """Store a layer's new ``keys [B, H, T, D]`` and ``values [B, H, T, Dv]``.
@@ -255,15 +178,20 @@ class Session:
             assert layer.mark is not None, "a replay marks before it appends"
             layer.store.rollback(layer.mark)
             return
-        if scorer.window:
-            self._remember_queries(layer, step, scorer.window)
+        schedule = self.recipe.schedule
+        decoding = schedule is not None and "decode" in schedule.phases
+        if step.prefill or decoding:
+            layer.remember(step, scorer, self._forward().first_part)
+        else:
+            # Nothing is scored while decoding: what was kept for the prompt's parts can go.
+            layer.forget()
         scorer.observe(step, layer.store)
         if not self._forward().due:
             return
         if self.replay is not None:
             self._pending.append(Pending(ordinal=ordinal, scores=step.positions, step=step))
             return
-        if not bool(self._owing().any()):
+        if not bool(self.decision.owing(self._forward()).any()):
             return
         self.owed = True
         with self.watch.part("compress", step.query.device):
@@ -271,11 +199,12 @@ class Session:
             self._pending.append(Pending(ordinal=ordinal, scores=scores, step=step))
             last = ordinal == len(self.layers) - 1
             if self.recipe.scope is not Scope.MODEL or last:
-                self._decide()
+                waiting, self._pending = self._pending, []
+                self._compress(waiting)
 
     def _score(self, scorer: Scorer, step: Step, store: Store) -> Tensor:
         """Score a layer; rows that owe nothing keep their columns, as if they were alone."""
-        owing = self._owing()
+        owing = self.decision.owing(self._forward())
         names = [] if bool(owing.all()) else [column.name for column in scorer.columns]
         before = {name: store[name].clone() for name in names}
         scores = scorer.score(step, store)
@@ -283,15 +212,6 @@ class Session:
         for name, old in before.items():
             store[name] = torch.where(here, store[name], old).expand(*store.counts.shape, -1)
         return scores
-
-    def _remember_queries(self, layer: LayerState, step: Step, window: int) -> None:
-        if layer.recent is None:
-            layer.recent = QueryWindow.empty(step.query, window)
-            step.recent = layer.recent
-        if step.query.shape[3] == 1:
-            layer.recent.push(step.query, step.positions, step.live)
-        else:
-            layer.recent.push(*newest(step.query, step.positions, step.live, window))
 
     def end(self, run: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """End the forward; ``run(ids [B, R], positions [B, R])`` repeats tokens for a replay."""
@@ -313,7 +233,7 @@ class Session:
     def _decide_by_replay(self, run: Callable[[Tensor, Tensor], None] | None) -> None:
         scorer, replay, outer = self.recipe.scorer, self.replay, self._forward()
         assert scorer is not None and replay is not None, "only called with a replay"
-        if not bool(self._owing().any()):
+        if not bool(self.decision.owing(self._forward()).any()):
             self._pending.clear()
             return
         self.owed = True
@@ -327,99 +247,18 @@ class Session:
             for pending in waiting:
                 pending.scores = scorer.score(pending.step, self.layers[pending.ordinal].store)
             if self.recipe.scope is Scope.MODEL:
-                self._pending = waiting
-                self._decide()
+                self._compress(waiting)
                 return
             for pending in waiting:
-                self._pending = [pending]
-                self._decide()
+                self._compress([pending])
 
-    # -- compression ---------------------------------------------------------------------------
-
-    def budgets(self) -> Tensor:
-        """Return the budget of each row in slots per head, ``[B]`` int64; once a forward.
-
-        Raises:
-            BudgetError: bytes that don't hold one slot per head.
-        """
-        forward, store = self._forward(), self.layers[0].store
-        if forward.budgets is None:
-            assert self.recipe.budget is not None, "a recipe that compresses has a budget"
-            geometry = self._geometry(store.seen.numel())
-            assert geometry is not None, "known as soon as something is stored"
-            forward.budgets = self.recipe.budget.slots(store.seen, geometry)
-        return forward.budgets
-
-    def _geometry(self, rows: int) -> Geometry | None:
-        """What a slot costs; None before anything is stored, if the engine couldn't tell."""
-        first, store = self.layers[0].info, self.layers[0].store
-        if first.heads is not None and first.pair_bytes is not None:
-            heads, pair = first.heads, first.pair_bytes
-        elif store.slots:
-            heads, pair = store.counts.shape[1], store.pair_bytes
-        else:
-            return None
-        return Geometry(
-            slot_bytes=pair + store.column_bytes,
-            heads=heads * len(self.layers),
-            rows=rows,
-            slack=store.slack or 0,
-        )
-
-    def _owing(self) -> Tensor:
-        """Return the rows that are due and have seen more than their budget, ``[B]`` bool."""
-        forward = self._forward()
-        if forward.owing is None:
-            assert forward.rows is not None, "only asked when the schedule is due"
-            forward.owing = forward.rows & (self.layers[0].store.seen > self.budgets())
-        return forward.owing
-
-    def _decide(self) -> None:
-        waiting, self._pending = self._pending, []
-        stores = [self.layers[p.ordinal].store for p in waiting]
-        round = Round(
-            budgets=self.budgets(),
-            layers=tuple(p.ordinal for p in waiting),
-            layer_count=len(self.layers),
-            seen=stores[0].seen,
-            live=[store.counts for store in stores],
-            window=self.recipe.recent_slots(int(self.budgets().min())),
-        )
-        scores = [
-            self._protected(p.scores, store, round.budgets)
-            for p, store in zip(waiting, stores, strict=True)
-        ]
-        counts = self.recipe.allocator.allocate(scores, round)
-        # What a row keeps must not depend on whether another row is due.
-        counts = [
-            torch.where(self._owing()[:, None], count, store.counts)
-            for count, store in zip(counts, stores, strict=True)
-        ]
-        for pending, store, score, count in zip(waiting, stores, scores, counts, strict=True):
-            if not bool((count < store.counts).any()):
-                continue
-            self.recipe.compressor.compress(pending.step, store, score, count)
+    def _compress(self, waiting: list[Pending]) -> None:
+        for layer in self.decision.decide(self._forward(), waiting):
             self.events += 1
-            self._measure(self.layers[pending.ordinal], replacing=True)
-
-    def _protected(self, scores: Tensor, store: Store, budgets: Tensor) -> Tensor:
-        """Apply protection and liveness to raw scores: +inf stays, -inf is no slot at all."""
-        if bool(scores.isnan().any()):
-            raise RecipeError(
-                f"{self.recipe.method!r} gave NaN scores: the model's keys, queries or values are "
-                "not finite, or the scorer divides by zero. Nothing was removed in this layer."
-            )
-        position = store["position"]  # [B, 1|H, S]
-        recent = torch.tensor([self.recipe.recent_slots(b) for b in budgets.tolist()])
-        first_recent = (store.seen - recent).to(scores.device)[:, None, None]
-        safe = (position < self.recipe.sinks) | (position >= first_recent)
-        for start, end in self.recipe.protect:
-            safe = safe | ((position >= start) & (position < end))
-        # A slot that a scorer condemned still ranks above a slot that does not exist.
-        scores = scores.float().clamp_min(torch.finfo(torch.float32).min)
-        scores = scores.masked_fill(safe, torch.inf)
-        live = store.live
-        return scores if live is None else scores.masked_fill(~live, -torch.inf)
+            self._measure(layer, replacing=True)
+        for pending in waiting:
+            # The prompt is decided on; its moments are of no further use.
+            self.layers[pending.ordinal].moments = None
 
     # -- bookkeeping ---------------------------------------------------------------------------
 
@@ -427,7 +266,7 @@ class Session:
         version = layer.store.version
         if version == layer.version:
             return
-        before, layer.nbytes = layer.nbytes, layer.store.nbytes()
+        before, layer.nbytes = layer.nbytes, layer.store.nbytes() + layer.state_bytes()
         layer.version = version
         # While a table is copied into a new one, both exist.
         transient = layer.nbytes if replacing else 0
@@ -442,9 +281,7 @@ class Session:
             return
         index = index.to(layer.store.device)
         rows = layer.store.seen.numel()
-        layer.store.select_rows(index)
-        if layer.recent is not None:
-            layer.recent.select_rows(index)
+        layer.select_rows(index)
         self._measure(layer)
         if ordinal == 0:
             # What a stock cache of the new number of rows would hold.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvsieve.errors import UnsupportedSignal
+from kvsieve.moments import QueryMoments
 from kvsieve.store import Store
 from kvsieve.store.attend import query_blocks
 from kvsieve.store.rope import rotate, unrotate
@@ -23,12 +24,14 @@ class LayerInfo:
 
     ``output_projection()`` returns ``[H, G, Dv, C]``; ``rotary`` gives the model's own rotation
     tables. Either is None where the model has no such thing. ``heads`` and ``pair_bytes`` (one
-    key and one value) let budgets in bytes be checked before anything runs.
+    key and one value) and ``query_bytes`` (one token's queries) let budgets in bytes be checked
+    before anything runs.
     """
 
     ordinal: int
     heads: int | None = None
     pair_bytes: int | None = None
+    query_bytes: int | None = None
     output_projection: Callable[[], Tensor] | None = None
     rotary: Rotary | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -85,6 +88,10 @@ class QueryWindow:
             self.valid[:, at] = True if valid is None else valid
         self.next = (self.next + T) % W
 
+    def tensors(self) -> list[Tensor]:
+        """Return everything stored, for counting bytes."""
+        return [self.queries, self.positions, self.valid]
+
     def select_rows(self, index: Tensor) -> None:
         """Replace the rows by ``index`` of them."""
         self.queries = self.queries.index_select(0, index)
@@ -114,6 +121,7 @@ class Step:
     softcap: float | None = None
     offset: Tensor | None = None
     recent: QueryWindow | None = None
+    moments: QueryMoments | None = None
     replayed: Tensor | None = None
     _windows: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 

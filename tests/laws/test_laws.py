@@ -20,6 +20,7 @@ from kvsieve.allocators import Pyramid
 from kvsieve.compressors import Evict
 from kvsieve.errors import EngineError
 from kvsieve.interfaces import Column, Scope, Signal
+from kvsieve.session import Session
 from kvsieve.store import Store
 
 from .cases import BUDGET, CASES, COMPRESSING, FAMILIES, LENGTHS, STEPS, Case, batch, rows
@@ -34,29 +35,9 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 # tokens' equal scores rounding would choose. Models must agree on the tokens they would choose.
 FORCED = torch.cat([prompt(60, seed)[:, -STEPS:] for seed in range(len(LENGTHS))])
 
-# Where a law doesn't hold yet, and why. Strict: whoever mends it takes the line out.
-NOT_YET = {
-    **{
-        ("chunks", name): "takes the moments of the last chunk's queries only"
-        for name in (
-            "expected-attention",
-            "expected-attention-each-step",
-            "expected-attention-even",
-        )
-    },
-    ("invariance", "knorm"): "keys of later layers depend on what earlier chunks left",
-}
-
 _full: dict[str, Trace] = {}
 _runs: dict[tuple[str, str], Trace] = {}
 _alone: dict[tuple[str, str, int], Trace] = {}
-
-
-def expect(request: pytest.FixtureRequest, law: str, case: Case) -> None:
-    """Mark what is known to fail."""
-    if (law, case.name) in NOT_YET:
-        reason = NOT_YET[law, case.name]
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError))
 
 
 def forced_run(model: Any, recipe: Recipe, **how: Any) -> Trace:
@@ -273,10 +254,7 @@ def test_rows_that_finish_early_are_inert(case: Case) -> None:
 
 
 @each_case
-def test_chunks_of_a_prompt_of_known_length_equal_one_shot(
-    case: Case, request: pytest.FixtureRequest
-) -> None:
-    expect(request, "chunks", case)
+def test_chunks_of_a_prompt_of_known_length_equal_one_shot(case: Case) -> None:
     whole = run("llama", case)
     parts = forced_run(tiny("llama"), case.recipe(), chunks=(17, 14, 8, 1), prompt_length=40)
     assert parts.held[3:] == whole.held
@@ -287,8 +265,7 @@ def test_chunks_of_a_prompt_of_known_length_equal_one_shot(
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.chunk_invariant], ids=lambda case: case.name
 )
-def test_chunk_invariant_methods_need_no_length(case: Case, request: pytest.FixtureRequest) -> None:
-    expect(request, "invariance", case)
+def test_chunk_invariant_methods_need_no_length(case: Case) -> None:
     whole = run("llama", case)
     parts = decode(tiny("llama"), case.recipe(), *batch(), steps=0, chunks=(17, 14, 9))
     assert parts.held[-1] == whole.held[0]
@@ -463,10 +440,17 @@ def table_bytes(session: Any) -> int:
 def test_bytes_are_those_of_the_storages(case: Case) -> None:
     trace = forced_run(tiny("llama"), case.recipe(), keep_open=True)
     with trace.cache as cache:
-        assert cache.report.bytes_kept == table_bytes(cache.session)
+        assert cache.report.bytes_kept == table_bytes(cache.session) + queries(cache.session)
         tokens = 3 * (40 + STEPS)  # padding included
         assert cache.report.bytes_full == tokens * 2 * 2 * 2 * 16 * 4  # L, K and V, H, D, fp32
         assert cache.report.bytes_peak >= cache.report.bytes_kept
+
+
+def queries(session: Session) -> int:
+    """Bytes of remembered queries, from their storages."""
+    rings = [layer.recent for layer in session.layers if layer.recent is not None]
+    held = [x for ring in rings for x in (ring.queries, ring.positions, ring.valid)]
+    return sum(x.untyped_storage().nbytes() for x in held)
 
 
 @each_compressing
@@ -481,9 +465,10 @@ def test_a_layerwise_prefill_holds_one_full_layer_at_most(case: Case) -> None:
             layer.register_forward_hook(lambda *_: observed.append(table_bytes(cache.session)))
         model(prompt(600), past_key_values=cache)
         report, columns = cache.report, recipe.scorer.columns  # type: ignore[union-attr]
+        tables = table_bytes(cache.session)
     layer, L = 600 * 2 * ((16 + 16) * 4 + 4 * (1 + len(columns))), 4
     assert max(observed) <= report.bytes_peak
-    assert report.bytes_kept < report.bytes_full // 4
+    assert tables < report.bytes_full // 4
     if recipe.scope is Scope.MODEL or Signal.REPLAY in recipe.needs:
         assert report.bytes_peak >= report.bytes_full
         return

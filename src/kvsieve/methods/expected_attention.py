@@ -27,6 +27,7 @@ from torch import Tensor
 from kvsieve.allocators import TopK, Uniform
 from kvsieve.compose import Recipe
 from kvsieve.interfaces import Scope, ScorerDefaults, Signal
+from kvsieve.moments import moments
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill, Every
 from kvsieve.step import Step
@@ -53,6 +54,10 @@ class ExpectedAttention(ScorerDefaults):
     def window(self) -> int:
         return self.memory
 
+    @property
+    def moments(self) -> int | None:
+        return self.sinks
+
     def score(self, step: Step, store: Store) -> Tensor:
         mean, spread = self._moments(step)  # [B, H, G, D], [B, H, G, D, D]
         mean, spread = self._rotate(step, store, mean, spread)
@@ -73,21 +78,14 @@ class ExpectedAttention(ScorerDefaults):
         return (weights + self.epsilon) * store.values.float().norm(dim=-1)
 
     def _moments(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of un-rotated queries: of the prompt part, or of the last 256."""
-        if step.prefill:
-            queries, positions = step.query, step.positions
-            valid = torch.ones_like(positions, dtype=torch.bool) if step.live is None else step.live
-        else:
-            queries, positions, valid = step.window(self.memory)
+        """Mean and covariance of un-rotated queries: of the whole prompt, or of the last 256."""
+        if step.moments is not None:
+            mean, spread = step.moments.mean, step.moments.covariance()
+            return mean, spread
+        queries, positions, valid = step.window(self.memory)
         beyond = valid & (positions >= self.sinks)
-        # A row of nothing but sinks falls back on what it has.
-        valid = torch.where(beyond.any(1, keepdim=True), beyond, valid)
-        weight = (valid / valid.sum(1, keepdim=True).clamp_min(1)).float()
-        plain = step.unrotated(queries, positions)  # [B, H, G, W, D]
-        mean = torch.einsum("bhgwd,bw->bhgd", plain, weight)
-        centred = plain - mean[:, :, :, None]
-        spread = torch.einsum("bhgwd,bhgwe,bw->bhgde", centred, centred, weight)
-        return mean, spread
+        count, mean, spread = moments(step.unrotated(queries, positions), beyond)
+        return mean, spread / count.clamp_min(1)[:, None, None, None, None]
 
     def _rotate(
         self, step: Step, store: Store, mean: Tensor, spread: Tensor

@@ -45,7 +45,7 @@ class Ragged:
         target = flat_index(self.starts[:-1], lengths)
         total = int(self.starts[-1])
         for name, x in flat.items():
-            # Zeros: views padded to equal length show the spare room, and 0 weight times NaN is NaN.
+            # Zeros: padded views show the spare room, and 0 weight times NaN is NaN.
             table = x.new_zeros(total, *x.shape[1:])
             device = x.device
             table[target.to(device)] = x.index_select(0, rows.to(device))

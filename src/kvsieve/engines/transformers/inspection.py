@@ -44,27 +44,29 @@ class ModelView:
 
     def layer_infos(self) -> list[LayerInfo]:
         """Return one description per compressible layer, in order."""
-        heads, pair_bytes = self._geometry()
+        heads, pair_bytes, query_bytes = self._geometry()
         return [
             LayerInfo(
                 ordinal=ordinal,
                 heads=heads,
                 pair_bytes=pair_bytes,
+                query_bytes=query_bytes,
                 output_projection=self._projection(index),
                 rotary=None if self.latent else _rotary(self, index),
             )
             for ordinal, index in enumerate(self.compressible)
         ]
 
-    def _geometry(self) -> tuple[int | None, int | None]:
-        """Return KV heads and the bytes of one key and value, unless it caches latents."""
+    def _geometry(self) -> tuple[int | None, int | None, int | None]:
+        """Return KV heads, bytes of a key and value, and of a token's queries; not for latents."""
         if self.latent:
-            return None, None
+            return None, None, None
         config = self.config
         Hq = config.num_attention_heads
         D = getattr(config, "head_dim", None) or config.hidden_size // Hq
         heads = getattr(config, "num_key_value_heads", None) or Hq
-        return heads, 2 * D * self.model.dtype.itemsize
+        vector = D * self.model.dtype.itemsize
+        return heads, 2 * vector, Hq * vector
 
     def _projection(self, index: int) -> Callable[[], Tensor] | None:
         module = self.modules.get(index)
