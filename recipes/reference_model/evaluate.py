@@ -11,6 +11,7 @@ choice given what precedes: exactly then greedy decoding gives it.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -27,6 +28,7 @@ from rich.table import Table
 
 import kvsieve
 from kvsieve.reference import KINDS, Sample, load, sample
+from kvsieve.reference.loader import folder
 from kvsieve.reference.vocabulary import IDS
 
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -72,6 +74,7 @@ def _commit() -> str:
 def _origin() -> dict[str, Any]:
     return {
         "commit": _commit(),
+        "weights": hashlib.sha256((folder() / "model.safetensors").read_bytes()).hexdigest()[:16],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

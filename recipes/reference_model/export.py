@@ -1,4 +1,7 @@
-"""Write a trained checkpoint as a Transformers folder: `export.py --run DIR [--to FOLDER]`."""
+"""Write trained checkpoints as a Transformers folder: `export.py --run DIR [DIR ...] [--to FOLDER]`.
+
+Of several runs, the later refined from the earlier, the mean of their weights is written.
+"""
 
 from __future__ import annotations
 
@@ -57,17 +60,28 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def mean(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the mean of each weight over several runs of one shape."""
+    return {name: torch.stack([s[name] for s in states]).mean(0) for name in states[0]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and export."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="folder given to train.py as --out")
+    parser.add_argument(
+        "--run", type=Path, nargs="+", required=True, help="folders given to train.py as --out"
+    )
     parser.add_argument("--to", type=Path, default=folder(), help="default: the package's model")
     options = parser.parse_args(arguments)
-    state = torch.load(options.run / CHECKPOINT, map_location="cpu", weights_only=True)
-    model = to_transformers(Shape(**state["shape"]), state["model"])
+    runs = [
+        torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True) for run in options.run
+    ]
+    model = to_transformers(Shape(**runs[0]["shape"]), mean([run["model"] for run in runs]))
     model.to(torch.bfloat16).save_pretrained(options.to)
     tokenizer().save_pretrained(options.to)
-    print(f"step {state['step']} -> {options.to}")
+    # Safetensors files are written readable by their owner alone; a package is for everybody.
+    (options.to / "model.safetensors").chmod(0o644)
+    print(f"steps {', '.join(str(run['step']) for run in runs)} -> {options.to}")
 
 
 if __name__ == "__main__":
