@@ -44,18 +44,24 @@ class LayerState:
     version: int = -1
     nbytes: int = 0
 
-    def remember(self, step: Step, scorer: Scorer, first_part: bool) -> None:
-        """Keep what later forwards will ask for: the newest queries, the prompt's moments."""
-        if scorer.window:
-            if self.recent is None:
-                self.recent = step.recent = QueryWindow.empty(step.query, scorer.window)
-                self.version = -1  # bytes have changed
-            self.recent.push(*newest(step.query, step.positions, step.live, scorer.window))
+    def remember(self, step: Step, scorer: Scorer, first_part: bool, soon: bool) -> None:
+        """Keep what later forwards will ask for: the prompt's moments, the newest queries.
+
+        ``soon``: whether this step's queries will still be among the last W when the schedule
+        is due next while decoding. Parts of a prompt keep theirs for the next part.
+        """
         if scorer.moments is not None and step.prefill:
             if self.moments is None or first_part:
                 self.moments = QueryMoments.empty(step.query)
             self.moments.take_in(step, leave_out=scorer.moments)
             step.moments = self.moments
+        if soon or (step.prefill and scorer.window and scorer.moments is None):
+            if self.recent is None:
+                self.recent = step.recent = QueryWindow.empty(step.query, scorer.window)
+            if self.recent.push(*newest(step.query, step.positions, step.live, scorer.window)):
+                self.version = -1  # bytes have changed
+        elif not step.prefill:
+            self.forget()
 
     def forget(self) -> None:
         """Drop what was remembered."""

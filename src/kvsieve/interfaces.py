@@ -168,6 +168,13 @@ class Schedule(Protocol):
     @property
     def phases(self) -> tuple[str, ...]: ...
 
+    def wait(self, decoded: int) -> int | None:
+        """Decode steps after the ``decoded``-th until it may be due next.
+
+        0: it may be due now; None: never while decoding.
+        """
+        ...
+
 
 class ScorerDefaults:
     """What most scorers leave as it is: no needs, no columns, no window, nothing to observe."""

@@ -31,6 +31,9 @@ class AfterPrefill(_Combinable):
     def due(self, occasion: Occasion) -> bool:
         return occasion.prefill and occasion.prompt_complete
 
+    def wait(self, decoded: int) -> int | None:
+        return None
+
     def __str__(self) -> str:
         return "after-prefill"
 
@@ -56,6 +59,9 @@ class Every(_Combinable):
     def due(self, occasion: Occasion) -> bool:
         return not occasion.prefill and occasion.decoded % self.interval == 0
 
+    def wait(self, decoded: int) -> int | None:
+        return -decoded % self.interval if decoded else self.interval
+
     def __str__(self) -> str:
         return f"every:{self.interval}"
 
@@ -69,6 +75,9 @@ class EachStep(_Combinable):
 
     def due(self, occasion: Occasion) -> bool:
         return not occasion.prefill
+
+    def wait(self, decoded: int) -> int | None:
+        return 0 if decoded else 1
 
     def __str__(self) -> str:
         return "each-step"
@@ -93,6 +102,9 @@ class Above(_Combinable):
     def due(self, occasion: Occasion) -> bool:
         return occasion.slots > self.cap and (not occasion.prefill or occasion.prompt_complete)
 
+    def wait(self, decoded: int) -> int | None:
+        return 0
+
     def __str__(self) -> str:
         return f"above:{self.cap}"
 
@@ -116,6 +128,10 @@ class Either(_Combinable):
 
     def due(self, occasion: Occasion) -> bool:
         return self.first.due(occasion) or self.second.due(occasion)
+
+    def wait(self, decoded: int) -> int | None:
+        stated = [w for w in (self.first.wait(decoded), self.second.wait(decoded)) if w is not None]
+        return min(stated, default=None)
 
     def __str__(self) -> str:
         return f"{self.first}|{self.second}"

@@ -179,12 +179,9 @@ class Session:
             layer.store.rollback(layer.mark)
             return
         schedule = self.recipe.schedule
-        decoding = schedule is not None and "decode" in schedule.phases
-        if step.prefill or decoding:
-            layer.remember(step, scorer, self._forward().first_part)
-        else:
-            # Nothing is scored while decoding: what was kept for the prompt's parts can go.
-            layer.forget()
+        wait = None if schedule is None else schedule.wait(self.decoded)
+        soon = wait is not None and wait < scorer.window
+        layer.remember(step, scorer, self._forward().first_part, soon)
         scorer.observe(step, layer.store)
         if not self._forward().due:
             return

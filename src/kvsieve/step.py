@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvsieve.errors import UnsupportedSignal
@@ -54,39 +55,55 @@ class LayerInfo:
 class QueryWindow:
     """The last W queries of a layer, kept across forwards; their order is not kept.
 
-    ``queries [B, H, G, W, D]``, ``positions [B, W]``, ``valid [B, W]`` (a slot of the ring that
-    was never filled, or holds padding, is not valid).
+    ``queries [B, H, G, N, D]``, ``positions [B, N]``, ``valid [B, N]``, with N <= W as large as has
+    been needed so far (a slot that was never filled, or holds padding, is not valid).
     """
 
+    window: int
     queries: Tensor
     positions: Tensor
     valid: Tensor
-    next: int = 0
+    pushed: int = 0
 
     @classmethod
     def empty(cls, like: Tensor, window: int) -> QueryWindow:
         """Return a window without queries, for queries shaped like ``[B, H, G, T, D]``."""
         B, H, G, _, D = like.shape
         return cls(
-            queries=like.new_zeros(B, H, G, window, D),
-            positions=torch.zeros(B, window, dtype=torch.int64, device=like.device),
-            valid=torch.zeros(B, window, dtype=torch.bool, device=like.device),
+            window=window,
+            queries=like.new_zeros(B, H, G, 0, D),
+            positions=torch.zeros(B, 0, dtype=torch.int64, device=like.device),
+            valid=torch.zeros(B, 0, dtype=torch.bool, device=like.device),
         )
 
-    def push(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> None:
-        """Take in the newest ``queries [B, H, G, T, D]``, T at most the window."""
-        T, W = queries.shape[3], self.queries.shape[3]
-        at = torch.arange(self.next, self.next + T, device=queries.device) % W
-        if T == 1:
-            span = slice(self.next, self.next + 1)
-            self.queries[:, :, :, span] = queries
-            self.positions[:, span] = positions
-            self.valid[:, span] = True if valid is None else valid
+    def push(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> bool:
+        """Take in the newest ``queries [B, H, G, T, D]``, T at most the window.
+
+        Returns whether tables were allocated anew.
+        """
+        T = queries.shape[3]
+        grown = self._reserve(self.pushed + T)
+        size = self.queries.shape[3]
+        start = self.pushed % size
+        if start + T <= size:
+            at: slice | Tensor = slice(start, start + T)
         else:
-            self.queries[:, :, :, at] = queries
-            self.positions[:, at] = positions
-            self.valid[:, at] = True if valid is None else valid
-        self.next = (self.next + T) % W
+            at = torch.arange(start, start + T, device=queries.device) % size
+        self.queries[:, :, :, at] = queries
+        self.positions[:, at] = positions
+        self.valid[:, at] = True if valid is None else valid
+        self.pushed += T
+        return grown
+
+    def _reserve(self, needed: int) -> bool:
+        size = self.queries.shape[3]
+        if size == self.window or needed <= size:
+            return False
+        extra = min(self.window, max(needed, 2 * size)) - size
+        self.queries = F.pad(self.queries, (0, 0, 0, extra))
+        self.positions = F.pad(self.positions, (0, extra))
+        self.valid = F.pad(self.valid, (0, extra))
+        return True
 
     def tensors(self) -> list[Tensor]:
         """Return everything stored, for counting bytes."""
@@ -139,15 +156,14 @@ class Step:
         return self._windows[size]
 
     def _window(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.recent is not None and self.recent.queries.shape[3] >= size:
-            if self.query.shape[3] < size:
-                return self._newest_of_ring(size)
+        if self.recent is not None and self.query.shape[3] < size <= self.recent.window:
+            return self._newest_of_ring(size)
         return newest(self.query, self.positions, self.live, size)
 
     def _newest_of_ring(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         ring = self.recent
         assert ring is not None, "called without a query window"
-        if ring.queries.shape[3] == size:
+        if ring.queries.shape[3] <= size:
             return ring.queries, ring.positions, ring.valid
         order = ring.positions.masked_fill(~ring.valid, -1).argsort(dim=1, descending=True)[
             :, :size
