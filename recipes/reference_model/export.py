@@ -1,4 +1,4 @@
-"""Write trained checkpoints as a Transformers folder: `export.py --run DIR [DIR ...] [--to FOLDER]`.
+"""Write a trained model as a Transformers folder: `export.py --run DIR [DIR ...] [--to FOLDER]`.
 
 Of several runs, the later refined from the earlier, the mean of their weights is written.
 """

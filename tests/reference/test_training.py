@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kvsieve.reference.vocabulary import IDS, WORDS
 
@@ -126,3 +127,18 @@ def test_the_loss_falls_and_the_export_loads(tmp_path: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.config.num_hidden_layers == 1 and model.dtype is torch.bfloat16
+
+
+@pytest.mark.slow
+def test_several_runs_are_exported_as_their_mean(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run("train.py", "--smoke", "--seed", seed, "--out", tmp_path / str(seed), "--stop-at", 0)
+    run("export.py", "--run", tmp_path / "1", tmp_path / "2", "--to", tmp_path / "model")
+    one, two = (
+        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+        for name in ("1", "2")
+    )
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(written[name], ((one[name] + two[name]) / 2).bfloat16())
+    assert not torch.equal(written[name], one[name].bfloat16())
