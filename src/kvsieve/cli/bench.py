@@ -2,6 +2,187 @@
 
 from __future__ import annotations
 
+import json as jsonlib
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
+from kvsieve.cli.guard import BadInput
+from kvsieve.cli.output import console
+
 bench = typer.Typer(help="Measure methods on this machine.")
+
+_GRID, _PEER, _OUTPUT = "Grid", "Peer", "Output"
+
+
+@bench.callback()
+def root() -> None:
+    """Measure methods on this machine."""
+
+
+@bench.command()
+def speed(
+    contexts: Annotated[
+        str, typer.Option(help="Prompt lengths, commas between.", rich_help_panel=_GRID)
+    ] = "2048,8192,32768",
+    batches: Annotated[
+        str, typer.Option(help="Batch sizes, commas between.", rich_help_panel=_GRID)
+    ] = "1,4",
+    dtypes: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_GRID)
+    ] = "float32,bfloat16",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METHOD[@BUDGET][:OPTION=VALUE],...",
+            help="What to measure beside the stock caches; otherwise every method, and a few above "
+            "16384 tokens.",
+            show_default=False,
+            rich_help_panel=_GRID,
+        ),
+    ] = None,
+    budget: Annotated[
+        str, typer.Option(help="Budget where none is named.", rich_help_panel=_GRID)
+    ] = "10%",
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Leave out cells with more prompt tokens, all rows together.",
+            rich_help_panel=_GRID,
+        ),
+    ] = 32768,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads; otherwise torch's own number.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    steps: Annotated[int, typer.Option(help="Timed decode steps per cell.")] = 32,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny model and grid: seconds instead of hours.")
+    ] = False,
+    peer_python: Annotated[
+        str | None,
+        typer.Option(
+            help="A Python with kvpress 0.5.5, to measure it as well.",
+            show_default=False,
+            rich_help_panel=_PEER,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSONL file: rows are added as they finish, those it has are not measured "
+            "again.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure nothing: print the table of such a file.",
+            show_default=False,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print rows on stdout as they finish, one JSON a line.")
+    ] = False,
+) -> None:
+    """Measure prefill, decoding, compression and bytes, in turns with stock caches.
+
+    The model is a Qwen3 with random weights. Ratios are taken within a cell, whose caches decode
+    in turns, so that they hold on a busy machine, too.
+    """
+    if table is not None:
+        _print(_read(table), json)
+        return
+    from kvsieve.bench.plan import Settings
+
+    settings = Settings(
+        contexts=_numbers(contexts, "--contexts"),
+        batches=_numbers(batches, "--batches"),
+        dtypes=tuple(_items(dtypes)),
+        methods=None if methods is None else tuple(_items(methods)),
+        budget=budget,
+        device=_device(device),
+        threads=_threads(threads),
+        steps=steps,
+        max_tokens=max_tokens,
+        peer=peer_python is not None,
+    )
+    _measure(settings.quick() if quick else settings, peer_python, out, json)
+
+
+def _measure(settings: Any, peer_python: str | None, out: Path | None, json: bool) -> None:
+    from kvsieve.bench import rows
+    from kvsieve.bench.remote import Peer
+    from kvsieve.bench.speed import measure
+    from kvsieve.cli.grid import Grid
+
+    if peer_python is None:
+        typer.echo("kvpress is left out: no --peer-python.", err=True)
+    opened = nullcontext(None)
+    if peer_python is not None:
+        opened = closing(Peer(peer_python, settings.threads))
+    known = {rows.key(row): row for row in (rows.read(out) if out else [])}
+    with opened as peer, Grid(settings) as grid:
+        wanted = grid.keys(peer)
+        for row in measure(settings, known.keys(), peer, grid.cell):
+            if out:
+                rows.append(out, row)
+            if json:
+                typer.echo(jsonlib.dumps(row))
+            known[rows.key(row)] = row
+    if not json:
+        _print([known[key] for key in wanted], json)
+
+
+def _read(path: Path) -> list[Any]:
+    from kvsieve.bench import rows
+
+    found = rows.read(path)
+    if not found:
+        raise BadInput(f"{str(path)!r} has no rows of `kvsieve bench speed`.")
+    return found
+
+
+def _print(rows: list[Any], json: bool) -> None:
+    from kvsieve.bench.table import render
+
+    if json:
+        for row in rows:
+            typer.echo(jsonlib.dumps(row))
+    else:
+        console().print(render(rows))
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(item) for item in _items(text))
+    except ValueError as error:
+        raise BadInput(f"{option} {text!r}: give whole numbers, commas between.") from error
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"--device {name!r} is no device. Use cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: there is no CUDA device here. Use cpu.")
+    return name
+
+
+def _threads(given: int | None) -> int:
+    import torch
+
+    return torch.get_num_threads() if given is None else given

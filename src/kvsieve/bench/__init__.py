@@ -1,0 +1,1 @@
+"""Measurements on this machine: what ``kvsieve bench`` runs. Rows are plain JSON objects."""

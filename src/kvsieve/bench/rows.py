@@ -1,0 +1,93 @@
+"""Rows of a measurement: what they hold, when two are the same, how they are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import kvsieve
+
+Row = dict[str, Any]
+
+KIND, VERSION = "speed", 1
+
+# What makes two cells the same; the rest are figures.
+IDENTITY = (
+    *("kind", "version", "engine", "method", "budget", "options", "model", "context", "batch"),
+    *("dtype", "device", "threads", "steps", "cpu", "versions", "commit"),
+)
+
+
+def key(row: Row) -> str:
+    """Return what a row is of, as text: equal for the same cell under the same settings."""
+    return json.dumps([row[name] for name in IDENTITY], sort_keys=True)
+
+
+def read(path: Path) -> list[Row]:
+    """Return a file's speed rows; a line that a killed run left unfinished is skipped."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and (row.get("kind"), row.get("version")) == (KIND, VERSION):
+            rows.append(row)
+    return rows
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row; it is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
+    with path.open("ab") as file:
+        file.write((b"" if whole else b"\n") + json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@cache
+def cpu() -> str:
+    """Return the processor's name and how many of it there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        name = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} x{os.cpu_count()}"
+
+
+@cache
+def commit() -> str | None:
+    """Return the last commit that changed the package, "+" if it was changed since."""
+    found = _git("log", "-1", "--format=%h", "--", ".")
+    return found and found + ("+" if _git("status", "--porcelain", "--", ".") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "kvsieve": kvsieve.__version__,
+    }

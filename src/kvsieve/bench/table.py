@@ -1,0 +1,143 @@
+"""Speed rows as a table: every ratio is taken within one cell, or between cells against stock."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from kvsieve.bench.rows import Row
+
+_TWIN = {"adakv": "snapkv"}
+"""The dense method with as many slots in all as a ragged one's."""
+
+LEGEND = (
+    "x stock, x short: decoding speed over the stock cache's, over the stock cache's of a context "
+    "as short as the budget, measured in turns. x dense: a ragged method over its dense twin, "
+    "x kvpress: over kvpress, both by way of x stock. compress: share of the time of prefill, of "
+    "decoding. peak: most bytes held minus bytes kept, in full layers."
+)
+
+
+def render(rows: Iterable[Row]) -> Group:
+    """Return a table per context, batch size and dtype."""
+    latest = list({_cell(row): row for row in rows}.values())
+    latest.sort(key=_group)
+    parts: list[Table | Text] = []
+    for _, group in groupby(latest, _group):
+        parts += _section(list(group))
+    return Group(*parts, Text(LEGEND, style="dim"))
+
+
+def _group(row: Row) -> tuple[str, str, int, int, bool]:
+    half = row["dtype"] != "float32"
+    return (_where(row), row["model"], row["context"], row["batch"], half)
+
+
+def _where(row: Row) -> str:
+    return f"{row['device']}, {row['cpu']}, {row['threads']} thread(s)"
+
+
+def _cell(row: Row) -> str:
+    same = ("engine", "method", "budget", "options", "steps")
+    return json.dumps([_group(row), row["dtype"], [row[name] for name in same]], sort_keys=True)
+
+
+def _section(rows: Sequence[Row]) -> Iterator[Table | Text]:
+    first = rows[0]
+    size = decimal(first["parameter_bytes"])
+    title = (
+        f"{first['context']} tokens, batch {first['batch']}, {first['dtype']}: {first['model']} "
+        f"({first['parameters'] / 1e6:.1f}M parameters, {size}), {_where(first)}"
+    )
+    yield Text(title, style="bold")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, justify in (("method", "left"), ("budget", "left"), *((c, "right") for c in COLUMNS)):
+        table.add_column(name, justify=justify, no_wrap=name not in ("method",))  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*_lines(row, rows))
+    yield table
+
+
+def _lines(row: Row, rows: Sequence[Row]) -> Iterator[str]:
+    yield _name(row)
+    yield _budget(row["budget"])
+    if "error" in row:
+        yield "failed"
+        return
+    for figure in COLUMNS.values():
+        yield figure(row, rows)
+
+
+def _name(row: Row) -> str:
+    options = "".join(f" {name}={value}" for name, value in row["options"].items())
+    engine = "kvpress " if row["engine"] == "kvpress" else ""
+    return f"{engine}{row['method']}{options}" + (f": {row['error']}" if "error" in row else "")
+
+
+def _budget(budget: int | float | str | None) -> str:
+    return "–" if budget is None else f"{budget:.0%}" if isinstance(budget, float) else str(budget)
+
+
+def _peer(row: Row, rows: Sequence[Row]) -> str:
+    same = ("method", "budget", "options")
+    wanted = [row[name] for name in same]
+    found = (r for r in rows if r["engine"] == "kvpress" and [r[n] for n in same] == wanted)
+    return _over(row, next(found, None)) if row["engine"] == "transformers" else "–"
+
+
+def _twin(row: Row, rows: Sequence[Row]) -> str:
+    found = (
+        r
+        for r in rows
+        if r["engine"] == "transformers"
+        and r["method"] == _TWIN.get(row["method"])
+        and r["budget"] == row["budget"]
+    )
+    return _over(row, next(found, None)) if row["engine"] == "transformers" else "–"
+
+
+def _over(row: Row, other: Row | None) -> str:
+    if other is None or "error" in other:
+        return "–"
+    return f"{row['ratio_stock'] / other['ratio_stock']:.2f}"
+
+
+def _number(name: str, form: str) -> Callable[[Row, Sequence[Row]], str]:
+    def figure(row: Row, rows: Sequence[Row]) -> str:
+        value = row.get(name)
+        return "–" if value is None else format(value, form)
+
+    return figure
+
+
+def _kept(row: Row, rows: Sequence[Row]) -> str:
+    return f"{row['bytes_kept'] / row['bytes_full']:.1%}"
+
+
+def _peak(row: Row, rows: Sequence[Row]) -> str:
+    if row["bytes_peak"] is None:
+        return "–"
+    return f"{(row['bytes_peak'] - row['bytes_kept']) / row['bytes_layer']:.2f}"
+
+
+COLUMNS: dict[str, Callable[[Row, Sequence[Row]], str]] = {
+    "prefill s": _number("prefill_seconds", ".2f"),
+    "x stock prefill": _number("prefill_ratio", ".2f"),
+    "compress": _number("prefill_compress_share", ".1%"),
+    "tokens/s": _number("tokens_per_second", ".1f"),
+    "best": _number("tokens_per_second_best", ".1f"),
+    "x stock": _number("ratio_stock", ".2f"),
+    "x short": _number("ratio_short", ".2f"),
+    "x dense": _twin,
+    "x kvpress": _peer,
+    "compress ": _number("decode_compress_share", ".1%"),
+    "kept": _kept,
+    "peak": _peak,
+}
