@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 METHODS = sorted(p for p in (ROOT / "methods").glob("*.py") if p.name != "__init__.py")
 
 # Longer than 300 lines, for now; nothing else may become so.
-LONG_FILES = {"session.py": 474}
+LONG_FILES = {"session.py": 308}
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 each_method = pytest.mark.parametrize("path", METHODS, ids=lambda p: p.name)
