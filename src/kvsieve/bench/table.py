@@ -20,7 +20,7 @@ _TWIN = {"adakv": "snapkv"}
 LEGEND = (
     "x stock, x short: decoding speed over the stock cache's, over the stock cache's of a context "
     "as short as the budget, measured in turns. x dense: a ragged method over its dense twin, "
-    "x kvpress: over kvpress, both by way of x stock. compress: share of the time of prefill, of "
+    "x kvpress: over kvpress, both by way of x stock. compressing: share of the time of prefill, of "
     "decoding. peak: most bytes held minus bytes kept, in full layers."
 )
 
@@ -130,14 +130,14 @@ def _peak(row: Row, rows: Sequence[Row]) -> str:
 COLUMNS: dict[str, Callable[[Row, Sequence[Row]], str]] = {
     "prefill s": _number("prefill_seconds", ".2f"),
     "x stock prefill": _number("prefill_ratio", ".2f"),
-    "compress": _number("prefill_compress_share", ".1%"),
+    "compressing": _number("prefill_compress_share", ".1%"),
     "tokens/s": _number("tokens_per_second", ".1f"),
     "best": _number("tokens_per_second_best", ".1f"),
     "x stock": _number("ratio_stock", ".2f"),
     "x short": _number("ratio_short", ".2f"),
     "x dense": _twin,
     "x kvpress": _peer,
-    "compress ": _number("decode_compress_share", ".1%"),
+    "compressing ": _number("decode_compress_share", ".1%"),
     "kept": _kept,
     "peak": _peak,
 }

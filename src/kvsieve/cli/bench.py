@@ -5,16 +5,15 @@ from __future__ import annotations
 import json as jsonlib
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from kvsieve.cli import bench_options as g
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console
 
 bench = typer.Typer(help="Measure methods on this machine.")
-
-_GRID, _PEER, _OUTPUT = "Grid", "Peer", "Output"
 
 
 @bench.callback()
@@ -24,72 +23,20 @@ def root() -> None:
 
 @bench.command()
 def speed(
-    contexts: Annotated[
-        str, typer.Option(help="Prompt lengths, commas between.", rich_help_panel=_GRID)
-    ] = "2048,8192,32768",
-    batches: Annotated[
-        str, typer.Option(help="Batch sizes, commas between.", rich_help_panel=_GRID)
-    ] = "1,4",
-    dtypes: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_GRID)
-    ] = "float32,bfloat16",
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METHOD[@BUDGET][:OPTION=VALUE],...",
-            help="What to measure beside the stock caches; otherwise every method, and a few above "
-            "16384 tokens.",
-            show_default=False,
-            rich_help_panel=_GRID,
-        ),
-    ] = None,
-    budget: Annotated[
-        str, typer.Option(help="Budget where none is named.", rich_help_panel=_GRID)
-    ] = "10%",
-    max_tokens: Annotated[
-        int,
-        typer.Option(
-            help="Leave out cells with more prompt tokens, all rows together.",
-            rich_help_panel=_GRID,
-        ),
-    ] = 32768,
-    threads: Annotated[
-        int | None,
-        typer.Option(help="CPU threads; otherwise torch's own number.", show_default=False),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    steps: Annotated[int, typer.Option(help="Timed decode steps per cell.")] = 32,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A tiny model and grid: seconds instead of hours.")
-    ] = False,
-    peer_python: Annotated[
-        str | None,
-        typer.Option(
-            help="A Python with kvpress 0.5.5, to measure it as well.",
-            show_default=False,
-            rich_help_panel=_PEER,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="A JSONL file: rows are added as they finish, those it has are not measured "
-            "again.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            help="Measure nothing: print the table of such a file.",
-            show_default=False,
-            rich_help_panel=_OUTPUT,
-        ),
-    ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print rows on stdout as they finish, one JSON a line.")
-    ] = False,
+    contexts: g.Contexts = "2048,8192,32768",
+    batches: g.Batches = "1,4",
+    dtypes: g.DTypes = "float32,bfloat16",
+    methods: g.Methods = None,
+    budget: g.Budget = "10%",
+    max_tokens: g.MaxTokens = 32768,
+    threads: g.Threads = None,
+    device: g.Device = "cpu",
+    steps: g.Steps = 32,
+    quick: g.Quick = False,
+    peer_python: g.PeerPython = None,
+    out: g.Out = None,
+    table: g.Table = None,
+    json: g.Json = False,
 ) -> None:
     """Measure prefill, decoding, compression and bytes, in turns with stock caches.
 
