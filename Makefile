@@ -19,9 +19,13 @@ help: ## list the targets
 	@touch $@
 
 demo: .venv/.ready ## set up, then compress real generation on the shipped reference model
-	$(BIN)/kvsieve compare --sample retrieval --methods full,random,streaming-llm,snapkv,keydiff --budget 25%
-	$(BIN)/kvsieve compare --sample instructions --methods full,random,streaming-llm,keydiff --budget 50%
-	$(BIN)/kvsieve compare --sample reasoning --methods full,random,streaming-llm,h2o,g-kv --budget 75%
+	$(BIN)/kvsieve compare --sample retrieval --seed 7 --budget 20% \
+	  --methods full,random,streaming-llm,snapkv,keydiff
+	$(BIN)/kvsieve compare --sample instructions --seed 2 --budget 25% \
+	  --methods full,random,streaming-llm,snapkv,adakv,keydiff
+	$(BIN)/kvsieve compare --sample reasoning --seed 3 --steps 40 --budget 250 \
+	  --protect 0:150 --set interval=16 --set h2o.recent=16 \
+	  --methods full,random,streaming-llm,tova,h2o,g-kv
 
 test: .venv/.ready ## set up, then run all tests
 	$(BIN)/python -m pytest -q
