@@ -20,7 +20,7 @@ _TWIN = {"adakv": "snapkv"}
 LEGEND = (
     "x stock, x short: decoding speed over the stock cache's, over the stock cache's of a context "
     "as short as the budget, measured in turns. x dense: a ragged method over its dense twin, "
-    "x kvpress: over kvpress, both by way of x stock. compressing: share of the time of prefill, of "
+    "x kvpress: over kvpress, both by way of x stock. compressing: share of prefill and of "
     "decoding. peak: most bytes held minus bytes kept, in full layers."
 )
 

@@ -41,7 +41,7 @@ def load(dtype: Any = "float32", device: str = "cpu") -> tuple[Any, Any]:
     if dtype not in known and dtype not in known.values():
         raise ReferenceModelError(f"Unknown dtype {dtype!r}. {choices(str(dtype), known)}")
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder(), dtype=known.get(dtype, dtype))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder(), dtype=known.get(dtype, dtype))
         tokenizer = AutoTokenizer.from_pretrained(folder())
     return model.eval().to(device), tokenizer
 
