@@ -200,6 +200,18 @@ def test_keep_frees_what_it_drops(layout: Layout) -> None:
     assert twin.store.nbytes() == 2 * H * 10 * ((3 + 2) * 4 + 4 + 4)
 
 
+@pytest.mark.parametrize("layout", ["dense", "ragged"])
+def test_an_emptied_table_goes_on(layout: Layout) -> None:
+    twin = Twin(layout, 2, None)
+    twin.append([[True, True], [False, True]])
+    twin.keep(lambda n: [])
+    twin.check()
+    twin.try_and_take_back([[True], [False]])
+    twin.check()
+    twin.append([[True, True], [True, False]])
+    twin.check()
+
+
 def test_it_turns_ragged_at_the_first_removal_only() -> None:
     twin = Twin("ragged", 2, None)
     twin.append([[False, True, True], [True, True, True]])

@@ -129,7 +129,7 @@ class Dense:
 
     def tensors(self) -> list[Tensor]:
         """Return everything stored, for counting bytes."""
-        return [self.keys, self.values, *self.columns.values()] if self.size else []
+        return [self.keys, self.values, *self.columns.values()] if self.columns else []
 
     def nbytes(self) -> int:
         """Bytes of the storages, spare capacity included."""
