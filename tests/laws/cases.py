@@ -75,6 +75,8 @@ CASES = [
     _case("expected-attention", "expected-attention-each-step", schedule=BOTH),
     _case("expected-attention", "expected-attention-even", adaptive=False),
     _case("keydiff", "keydiff-decode-only", schedule="every:2"),
+    _case("g-kv", "g-kv-above", schedule="above:15"),
+    _case("adakv", "adakv-above", schedule="above:15", layout="ragged"),
 ]
 COMPRESSING = [case for case in CASES if case.compresses]
 
