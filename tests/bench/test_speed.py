@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from kvsieve.bench import rows
@@ -76,6 +78,17 @@ def test_known_cells_are_skipped(measured: list[dict[str, Any]]) -> None:
     left = list(measure(TINY, done))
     assert [rows.key(row) for row in left] == [rows.key(measured[-1])]
     assert not list(measure(TINY, {rows.key(row) for row in measured}))
+
+
+def test_the_table_marks_noise(measured: list[dict[str, Any]]) -> None:
+    row = dict(measured[3])
+    shown = []
+    for median in (1.0, 2.0):
+        row["step_seconds"] = row["step_seconds"] | {"median": median, "min": 1.0}
+        console = Console(record=True, width=200, file=io.StringIO())
+        console.print(render([row]))
+        shown.append("~" in console.export_text().splitlines()[4])
+    assert shown == [False, True]
 
 
 def test_what_a_method_refuses_is_a_row() -> None:

@@ -131,12 +131,14 @@ class Bench:
 
     def _speeds(self, turns: Turns, name: str) -> Row:
         batch, own = self.group.batch, typical(turns[name])
+        least = {side: min(step.seconds for step in steps) for side, steps in turns.items()}
         sides = {side: typical(turns[side]) for side in ("stock", "short") if side in turns}
         return {
             "tokens_per_second": batch / own,
-            "tokens_per_second_best": batch / min(step.seconds for step in turns[name]),
+            "tokens_per_second_best": batch / least[name],
             "step_seconds": summary(turns[name]),
             **{f"ratio_{side}": spent / own for side, spent in sides.items()},
+            **{f"ratio_{side}_best": least[side] / least[name] for side in sides},
             **{f"{side}_tokens_per_second": batch / spent for side, spent in sides.items()},
         }
 

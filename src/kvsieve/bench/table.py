@@ -17,11 +17,14 @@ from kvsieve.bench.rows import Row
 _TWIN = {"adakv": "snapkv"}
 """The dense method with as many slots in all as a ragged one's."""
 
+NOISY = 1.3
+
 LEGEND = (
     "x stock, x short: decoding speed over the stock cache's, over the stock cache's of a context "
     "as short as the budget, measured in turns. x dense: a ragged method over its dense twin, "
     "x kvpress: over kvpress, both by way of x stock. compressing: share of prefill and of "
-    "decoding. peak: most bytes held minus bytes kept, in full layers."
+    "decoding. peak: most bytes held minus bytes kept, in full layers. ~: something else "
+    "kept the machine busy, the median step took over 1.3 times the least."
 )
 
 
@@ -117,6 +120,12 @@ def _number(name: str, form: str) -> Callable[[Row, Sequence[Row]], str]:
     return figure
 
 
+def _rate(row: Row, rows: Sequence[Row]) -> str:
+    steps = row["step_seconds"]
+    mark = "~" if steps["median"] > NOISY * steps["min"] else ""
+    return f"{mark}{row['tokens_per_second']:.1f}"
+
+
 def _kept(row: Row, rows: Sequence[Row]) -> str:
     return f"{row['bytes_kept'] / row['bytes_full']:.1%}"
 
@@ -131,7 +140,7 @@ COLUMNS: dict[str, Callable[[Row, Sequence[Row]], str]] = {
     "prefill s": _number("prefill_seconds", ".2f"),
     "x stock prefill": _number("prefill_ratio", ".2f"),
     "compressing": _number("prefill_compress_share", ".1%"),
-    "tokens/s": _number("tokens_per_second", ".1f"),
+    "tokens/s": _rate,
     "best": _number("tokens_per_second_best", ".1f"),
     "x stock": _number("ratio_stock", ".2f"),
     "x short": _number("ratio_short", ".2f"),
