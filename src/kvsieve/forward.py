@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kvsieve.interfaces import Scorer
 from kvsieve.moments import QueryMoments
-from kvsieve.step import LayerInfo, QueryWindow, Step, newest
+from kvsieve.queries import QueryWindow, newest
+from kvsieve.step import LayerInfo, Step
 from kvsieve.store import Arrival, Store
 from kvsieve.store.rows import storage_bytes
 
@@ -58,10 +59,18 @@ class LayerState:
         if soon or (step.prefill and scorer.window and scorer.moments is None):
             if self.recent is None:
                 self.recent = step.recent = QueryWindow.empty(step.query, scorer.window)
-            if self.recent.push(*newest(step.query, step.positions, step.live, scorer.window)):
+            queries, positions, valid = newest(step.query, step.positions, step.live, scorer.window)
+            if self.recent.push(queries, positions, None if step.live is None else valid):
                 self.version = -1  # bytes have changed
         elif not step.prefill:
             self.forget()
+
+    def decided(self, rows: Tensor) -> None:
+        """The prompts of these ``rows [B]`` (bool) have no more use for their moments."""
+        if self.moments is not None and not bool(rows.all()):
+            self.moments.drop(rows)
+        else:
+            self.moments = None
 
     def forget(self) -> None:
         """Drop what was remembered."""

@@ -55,6 +55,13 @@ class QueryMoments:
         self.mean = self.mean + apart * share
         self.count = total
 
+    def drop(self, rows: Tensor) -> None:
+        """Forget the queries of some ``rows [B]`` (bool)."""
+        kept = (~rows).float().to(self.count.device)
+        self.count = self.count * kept
+        self.mean = self.mean * kept[:, None, None, None]
+        self.spread = self.spread * kept[:, None, None, None, None]
+
     def covariance(self) -> Tensor:
         """Return the (biased) covariance ``[B, H, G, D, D]``."""
         return self.spread / self.count.clamp_min(1)[:, None, None, None, None]

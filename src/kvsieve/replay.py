@@ -53,13 +53,16 @@ class Replay:
         """Replace the rows by ``index`` of them."""
         self._rows = [list(self._rows[b]) for b in index.tolist()] if self._rows else []
 
-    def rounds(self, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def rounds(self, seen: Tensor, owing: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(ids [B, R], positions [B, R])`` for each chunk; consumes what was remembered.
 
-        ``seen [B]`` are the rows' lengths; ``running`` describes the round while it runs.
+        ``seen [B]`` are the rows' lengths; ``running`` describes the round while it runs. Rows
+        that are not ``owing [B]`` (bool) repeat nothing, and go on being remembered.
         """
-        rows = [torch.cat(parts) for parts in self._rows]
-        self._rows = []
+        whole = [torch.cat(parts) for parts in self._rows]
+        due = owing.tolist()
+        rows = [row if now else row[:0] for row, now in zip(whole, due, strict=True)]
+        self._rows = [[] if now else [row] for row, now in zip(whole, due, strict=True)]
         longest = max(len(row) for row in rows)
         for start in range(0, longest, self.chunk):
             fed = [self._fed(row, start) for row in rows]

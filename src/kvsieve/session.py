@@ -230,7 +230,8 @@ class Session:
     def _decide_by_replay(self, run: Callable[[Tensor, Tensor], None] | None) -> None:
         scorer, replay, outer = self.recipe.scorer, self.replay, self._forward()
         assert scorer is not None and replay is not None, "only called with a replay"
-        if not bool(self.decision.owing(self._forward()).any()):
+        owing = self.decision.owing(self._forward())
+        if not bool(owing.any()):
             self._pending.clear()
             return
         self.owed = True
@@ -238,7 +239,7 @@ class Session:
             raise RecipeError(f"{self.recipe.method!r} repeats the prompt; this engine can't.")
         waiting, self._pending = self._pending, []
         with self.watch.part("compress", waiting[0].step.query.device):
-            for ids, positions in replay.rounds(self.layers[0].store.seen):
+            for ids, positions in replay.rounds(self.layers[0].store.seen, owing):
                 run(ids, positions)
             replay.running, self.current = None, outer
             for pending in waiting:
@@ -254,8 +255,7 @@ class Session:
             self.events += 1
             self._measure(layer, replacing=True)
         for pending in waiting:
-            # The prompt is decided on; its moments are of no further use.
-            self.layers[pending.ordinal].moments = None
+            self.layers[pending.ordinal].decided(self.decision.owing(self._forward()))
 
     # -- bookkeeping ---------------------------------------------------------------------------
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvsieve.errors import UnsupportedSignal
 from kvsieve.moments import QueryMoments
+from kvsieve.queries import QueryWindow, newest, pick_queries
 from kvsieve.store import Store
 from kvsieve.store.attend import query_blocks
 from kvsieve.store.rope import rotate, unrotate
@@ -49,71 +49,6 @@ class LayerInfo:
             w_o = self.output_projection().detach().float()
             self._made["gram"] = w_o @ w_o.transpose(-1, -2)
         return self._made["gram"]
-
-
-@dataclass(kw_only=True)
-class QueryWindow:
-    """The last W queries of a layer, kept across forwards; their order is not kept.
-
-    ``queries [B, H, G, N, D]``, ``positions [B, N]``, ``valid [B, N]``, with N <= W as large as has
-    been needed so far (a slot that was never filled, or holds padding, is not valid).
-    """
-
-    window: int
-    queries: Tensor
-    positions: Tensor
-    valid: Tensor
-    pushed: int = 0
-
-    @classmethod
-    def empty(cls, like: Tensor, window: int) -> QueryWindow:
-        """Return a window without queries, for queries shaped like ``[B, H, G, T, D]``."""
-        B, H, G, _, D = like.shape
-        return cls(
-            window=window,
-            queries=like.new_zeros(B, H, G, 0, D),
-            positions=torch.zeros(B, 0, dtype=torch.int64, device=like.device),
-            valid=torch.zeros(B, 0, dtype=torch.bool, device=like.device),
-        )
-
-    def push(self, queries: Tensor, positions: Tensor, valid: Tensor | None) -> bool:
-        """Take in the newest ``queries [B, H, G, T, D]``, T at most the window.
-
-        Returns whether tables were allocated anew.
-        """
-        T = queries.shape[3]
-        grown = self._reserve(self.pushed + T)
-        size = self.queries.shape[3]
-        start = self.pushed % size
-        if start + T <= size:
-            at: slice | Tensor = slice(start, start + T)
-        else:
-            at = torch.arange(start, start + T, device=queries.device) % size
-        self.queries[:, :, :, at] = queries
-        self.positions[:, at] = positions
-        self.valid[:, at] = True if valid is None else valid
-        self.pushed += T
-        return grown
-
-    def _reserve(self, needed: int) -> bool:
-        size = self.queries.shape[3]
-        if size == self.window or needed <= size:
-            return False
-        extra = min(self.window, max(needed, 2 * size)) - size
-        self.queries = F.pad(self.queries, (0, 0, 0, extra))
-        self.positions = F.pad(self.positions, (0, extra))
-        self.valid = F.pad(self.valid, (0, extra))
-        return True
-
-    def tensors(self) -> list[Tensor]:
-        """Return everything stored, for counting bytes."""
-        return [self.queries, self.positions, self.valid]
-
-    def select_rows(self, index: Tensor) -> None:
-        """Replace the rows by ``index`` of them."""
-        self.queries = self.queries.index_select(0, index)
-        self.positions = self.positions.index_select(0, index)
-        self.valid = self.valid.index_select(0, index)
 
 
 @dataclass(kw_only=True)
@@ -156,7 +91,9 @@ class Step:
         return self._windows[size]
 
     def _window(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        if self.recent is not None and self.query.shape[3] < size <= self.recent.window:
+        # A row with padding may bring fewer queries than it seems.
+        short = self.query.shape[3] < size or self.live is not None
+        if self.recent is not None and short and size <= self.recent.window:
             return self._newest_of_ring(size)
         return newest(self.query, self.positions, self.live, size)
 
@@ -168,11 +105,8 @@ class Step:
         order = ring.positions.masked_fill(~ring.valid, -1).argsort(dim=1, descending=True)[
             :, :size
         ]
-        picked = order[:, None, None, :, None].expand(
-            *ring.queries.shape[:3], -1, ring.queries.shape[4]
-        )
         return (
-            ring.queries.gather(3, picked),
+            pick_queries(ring.queries, order),
             ring.positions.gather(1, order),
             ring.valid.gather(1, order),
         )
@@ -281,18 +215,3 @@ class Step:
         """Rotate ``x [B, H, G, W, D]`` to ``positions [B, W]``, in fp32."""
         cos, sin = self.rotation(positions)
         return rotate(x.float(), cos[:, None, None], sin[:, None, None])
-
-
-def newest(
-    query: Tensor, positions: Tensor, live: Tensor | None, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's last ``size`` real queries, whichever side its padding is on."""
-    B, H, G, T, D = query.shape
-    W = min(size, T)
-    if live is None:
-        valid = torch.ones(B, W, dtype=torch.bool, device=query.device)
-        return query[:, :, :, T - W :], positions[:, T - W :], valid
-    # Padding sorts first, real tokens keep their order: the last W are the newest real ones.
-    order = live.long().argsort(dim=1, stable=True)[:, T - W :]
-    picked = order[:, None, None, :, None].expand(B, H, G, W, D)
-    return query.gather(3, picked), positions.gather(1, order), live.gather(1, order)
