@@ -20,7 +20,7 @@ ADVERTISED: dict[str, tuple[int, ...]] = {
     "multi-hop": (128, 256, 512, 1024, 2048),
     "instructions": (128, 256, 512, 1024, 2048),
     "secret": (128, 256, 512, 1024, 2048),
-    "reasoning": (128, 256, 512, 1024),
+    "reasoning": (128, 256, 512, 1024, 2048),
     "walk": (128, 256, 512, 1024),
 }
 """Lengths at which the full cache answers at least 95 % exactly, as measured by
