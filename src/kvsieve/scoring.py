@@ -40,7 +40,10 @@ def pool(scores: Tensor, inside: Tensor, kernel: int, pooling: Pooling) -> Tenso
         return scores
     masked = scores.masked_fill(~inside, 0.0)
     apply = F.avg_pool1d if pooling == "avg" else F.max_pool1d
-    return apply(masked, kernel, stride=1, padding=kernel // 2)
+    # Neighbours are real tokens: padding of a later turn, between two of them, is passed over.
+    order = (~inside).byte().argsort(dim=-1, stable=True).expand(scores.shape)
+    pooled = apply(masked.gather(-1, order), kernel, stride=1, padding=kernel // 2)
+    return torch.empty_like(pooled).scatter(-1, order, pooled)
 
 
 def redundancy(store: Store, threshold: float) -> Tensor:

@@ -34,9 +34,9 @@ def test_the_json_object_has_exactly_the_documented_fields(story: Path) -> None:
 
 
 def test_the_numbers_are_those_of_the_run(story: Path) -> None:
-    ran = run("--method", "streaming-llm", "--budget", "40", "--max-new-tokens", "7", story=story)
+    ran = run("--method", "streaming-llm", "--budget", "40", "--max-new-tokens", "3", story=story)
     assert ran["prompt_tokens"] == len(story.read_text("utf-8").split())
-    assert ran["new_tokens"] == len(ran["text"].split()) == 7
+    assert ran["new_tokens"] == len(ran["text"].split()) == 3
     assert ran["cache"]["slots"] == [[40] * 4] * 4  # per layer, per KV head
     assert 0 < ran["cache"]["bytes_kept"] <= ran["cache"]["bytes_peak"]
     assert ran["tokens_per_second"] > 0 and ran["seconds"]["prefill"] > 0

@@ -204,14 +204,8 @@ def test_left_padded_row_equals_the_row_alone(case: Case, family: str) -> None:
 
 
 @each_compressing
-def test_turns_of_a_padded_row_equal_those_of_the_row_alone(
-    case: Case, request: pytest.FixtureRequest
-) -> None:
+def test_turns_of_a_padded_row_equal_those_of_the_row_alone(case: Case) -> None:
     recipe = case.recipe()
-    if recipe.layout == "dense" and getattr(recipe.scorer, "kernel", 1) > 1:
-        # Strict: whoever mends it takes this out.
-        reason = "pooling takes padding of a later turn, between two tokens, for a slot"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason, raises=AssertionError))
     first, second = rows(), [prompt(n, 9 + n) for n in (3, 11, 8)]
     parts = [padded(first), padded(second)]
     ids, mask = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
