@@ -205,7 +205,6 @@ def test_left_padded_row_equals_the_row_alone(case: Case, family: str) -> None:
 
 @each_compressing
 def test_turns_of_a_padded_row_equal_those_of_the_row_alone(case: Case) -> None:
-    recipe = case.recipe()
     first, second = rows(), [prompt(n, 9 + n) for n in (3, 11, 8)]
     parts = [padded(first), padded(second)]
     ids, mask = (torch.cat([part[i] for part in parts], 1) for i in (0, 1))
