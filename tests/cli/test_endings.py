@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,16 @@ PROGRAM = (sys.executable, "-c", "from kvsieve.cli import main; main()")
 LONG = ("run", "--method", "full", "--sample", "reasoning", "--steps", "200")
 
 
+PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
+def interruptible() -> None:
+    """Undo what a shell does to its background jobs, whose children would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_no_traceback() -> None:
-    with subprocess.Popen((*PROGRAM, *LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with subprocess.Popen((*PROGRAM, *LONG), **PIPES, preexec_fn=interruptible) as run:
         assert run.stdout is not None and run.stderr is not None
         assert run.stdout.read(1)  # it writes
         run.send_signal(signal.SIGINT)
