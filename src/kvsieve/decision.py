@@ -9,7 +9,7 @@ from kvsieve.budget import Geometry
 from kvsieve.compose import Recipe
 from kvsieve.errors import RecipeError
 from kvsieve.forward import Forward, LayerState, Pending
-from kvsieve.interfaces import Moment, Occasion, Round
+from kvsieve.interfaces import Occasion, Round
 from kvsieve.store import Store
 
 
@@ -35,7 +35,6 @@ class Decision:
         new = forward.T if forward.live is None else forward.live.sum(1).cpu()
         occasions = [
             Occasion(
-                moment=Moment.AFTER_ATTEND,
                 prefill=forward.prefill,
                 prompt_complete=complete,
                 decoded=decoded,

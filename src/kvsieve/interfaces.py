@@ -45,13 +45,6 @@ class Scope(Enum):
     MODEL = "model"
 
 
-class Moment(Enum):
-    """The points of a forward at which a schedule may ask for compression."""
-
-    AFTER_ATTEND = "after attend"
-    AFTER_FORWARD = "after forward"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """Per-slot state that the table carries: one value per (row, head, slot).
@@ -72,7 +65,6 @@ class Occasion:
     ``slots`` is the largest number of live slots in any (row, head) of the layer.
     """
 
-    moment: Moment
     prefill: bool
     prompt_complete: bool
     decoded: int

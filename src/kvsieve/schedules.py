@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsieve.errors import RecipeError, choices
-from kvsieve.interfaces import Moment, Occasion, Schedule
+from kvsieve.interfaces import Occasion, Schedule
 
 
 class _Combinable:
@@ -165,4 +165,4 @@ def _parse_one(text: str) -> Schedule:
     raise RecipeError(f"Unknown schedule {text!r}. {choices(name, {**plain, **counted})}")
 
 
-__all__ = ["Above", "AfterPrefill", "EachStep", "Either", "Every", "Moment", "parse_schedule"]
+__all__ = ["Above", "AfterPrefill", "EachStep", "Either", "Every", "parse_schedule"]

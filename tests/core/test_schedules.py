@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvsieve.errors import RecipeError
-from kvsieve.interfaces import Moment, Occasion, Schedule
+from kvsieve.interfaces import Occasion, Schedule
 from kvsieve.schedules import Above, AfterPrefill, EachStep, Either, Every, parse_schedule
 
 
@@ -13,7 +13,6 @@ def occasion(at: str, slots: int = 10) -> Occasion:
     """Return "prompt" (complete), "part" (more is to come) or the n-th decode step "n"."""
     prefill = not at.isdigit()
     return Occasion(
-        moment=Moment.AFTER_ATTEND,
         prefill=prefill,
         prompt_complete=at != "part",
         decoded=0 if prefill else int(at),
