@@ -14,6 +14,9 @@ from kvsieve.store.attend import query_blocks
 
 Pooling = Literal["avg", "max", "none"]
 
+# Keys that are compared with all others at once; a tile that stays in the processor's cache.
+REDUNDANCY_TILE = 128
+
 
 def window_mean(step: Step, store: Store, window: int) -> Tensor:
     """Return the mean attention of the last ``window`` real queries, ``[B, H, G, S]`` in fp32."""
@@ -60,14 +63,14 @@ def redundancy(store: Store, threshold: float) -> Tensor:
         unit = unit.masked_fill(~live[..., None], 0.0)
     B, H, S, _ = unit.shape
     forgiven = torch.zeros(B, H, S, device=unit.device)
-    slots = torch.arange(S, device=unit.device)
-    for j0, j1 in query_blocks(S, B * H * S):
-        cos = unit @ unit[:, :, j0:j1].transpose(-1, -2)  # [B, H, S(i), J]
-        similar = (cos > threshold) & (slots[:, None] != slots[j0:j1])
-        latest = torch.where(similar, slots[:, None], -1).amax(2)  # [B, H, J]
-        value = cos.gather(2, latest.clamp_min(0)[:, :, None])[:, :, 0]
-        value = value.masked_fill(latest < 0, 0.0)
-        forgiven.scatter_add_(2, latest.clamp_min(0), value)
+    # From 1 on, in fp32 (exact up to 2^24 slots): one product and one maximum find the latest.
+    slots = torch.arange(1, S + 1, dtype=torch.float32, device=unit.device)
+    for j0 in range(0, S, REDUNDANCY_TILE):
+        cos = unit[:, :, j0 : j0 + REDUNDANCY_TILE] @ unit.transpose(-1, -2)  # [B, H, J, S]
+        cos.diagonal(j0, -2, -1).fill_(-2.0)  # a key doesn't repeat itself
+        latest = ((cos > threshold) * slots).amax(-1).long() - 1  # [B, H, J]; -1: none
+        value = cos.gather(-1, latest.clamp_min(0)[..., None])[..., 0]
+        forgiven.scatter_add_(2, latest.clamp_min(0), value.masked_fill(latest < 0, 0.0))
     # The sum over all other keys needs no pairs: cosines are linear in the second key.
     total = (unit * unit.sum(2, keepdim=True)).sum(-1) - unit.square().sum(-1)
     count = store.counts.to(unit.device)[..., None]

@@ -12,8 +12,8 @@ from torch import Tensor
 # queries, so that nothing of size T x S is ever held.
 BLOCK_ELEMENTS = 1 << 24
 
-# From this many slots on, fp32 decode attention on a CPU is done by matrix products.
-LONG = 4096
+# From this many slots on, over all rows, fp32 decode attention on a CPU is done by matrix products.
+LONG = 2048
 
 Visible = Callable[[int, int], Tensor]
 """``visible(t0, t1)``: which slots queries t0..t1 may see, bool ``[B, 1 or H, t1 - t0, S]``."""
@@ -69,11 +69,13 @@ def attend_one(
     The group takes the place of the query axis, so that each key is read once. Long fp32 tables
     on a CPU are read by two matrix products, which use the memory's bandwidth better.
     """
-    if query.device.type == "cpu" and query.dtype is torch.float32 and keys.shape[2] >= LONG:
-        logits = keys @ (query * scale).transpose(-1, -2)  # [B, H, S, G]
+    long = keys.shape[0] * keys.shape[2] >= LONG
+    if long and query.device.type == "cpu" and query.dtype is torch.float32:
+        # Keys on the left read fastest; the copy is small and makes the softmax as fast.
+        logits = (keys @ (query * scale).transpose(-1, -2)).transpose(-1, -2).contiguous()
         if mask is not None:
-            logits = logits.masked_fill(~mask.transpose(-1, -2), -torch.inf)
-        return logits.softmax(2).transpose(-1, -2) @ values
+            logits = logits.masked_fill(~mask, -torch.inf)
+        return logits.softmax(-1) @ values
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
 
 

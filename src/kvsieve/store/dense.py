@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvsieve.store.rows import pick_rows, storage_bytes
@@ -101,7 +102,9 @@ class Dense:
         for name, column in self.columns.items():
             if name != "live":
                 whole[name] = column.expand(B, H, -1)
-        kept = {name: grown(pick_rows(x, index), N, N + spare) for name, x in whole.items()}
+        # Spare room is picked too (the last slot again): one copy instead of two.
+        index = F.pad(index, (0, spare), mode="replicate") if N else index.new_zeros(B, H, spare)
+        kept = {name: pick_rows(x, index) for name, x in whole.items()}
         self.version += 1
         self.keys, self.values = kept.pop("keys"), kept.pop("values")
         self.size, self.columns, self.counts = N, kept, counts.clone()
