@@ -1,7 +1,8 @@
 """What each method is and needs, read from its recipe: for `kvsieve methods` and the documents.
 
-`python -m kvsieve.catalogue [FOLDER]` rewrites the tables between `<!-- methods -->` and
-`<!-- /methods -->` in README.md and docs/METHODS.md of a checkout.
+`python -m kvsieve.catalogue [FOLDER]` rewrites what stands between `<!-- methods -->` and
+`<!-- /methods -->` in README.md and docs/METHODS.md of a checkout and, between `speed` markers,
+the tables of README.md and docs/SPEED.md by the rows in benchmarks/speed.jsonl.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ SHORT = ("name", "paper", "year", "phase", "scope", "needs")
 FULL = (*SHORT, "layout", "certainty", "oracle", "engines")
 DOCUMENTS = {"README.md": SHORT, "docs/METHODS.md": FULL}
 
-_MARKED = re.compile(r"(<!-- methods -->\n).*?(<!-- /methods -->)", re.DOTALL)
+WITH_TABLES = (*DOCUMENTS, "docs/SPEED.md")
+SPEED_ROWS = "benchmarks/speed.jsonl"
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -71,21 +73,31 @@ def _cells(entry: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def refreshed(text: str, columns: Sequence[str]) -> str:
-    """Return a document with the table between its markers rewritten (without markers: as is)."""
-    table = methods_table(columns)
-    return _MARKED.sub(lambda found: f"{found[1]}{table}{found[2]}", text)
+def refreshed(text: str, name: str, table: str) -> str:
+    """Return a document with what its markers ``name`` enclose replaced (none: as it is)."""
+    marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    return marked.sub(lambda found: f"{found[1]}{table}{found[2]}", text)
+
+
+def document(root: Path, name: str) -> str:
+    """Return a checkout's document as it should read, by the registry and the committed rows."""
+    from kvsieve.bench import markdown, rows
+
+    text = (root / name).read_text("utf-8")
+    if name in DOCUMENTS:
+        text = refreshed(text, "methods", methods_table(DOCUMENTS[name]))
+    tables = markdown.short_tables if name == "README.md" else markdown.full_tables
+    return refreshed(text, "speed", tables(rows.read(root / SPEED_ROWS)))
 
 
 def refresh(root: Path) -> list[Path]:
     """Rewrite the tables of a checkout's documents; return the files that changed."""
     changed = []
-    for name, columns in DOCUMENTS.items():
+    for name in WITH_TABLES:
         path = root / name
         if path.is_file():
-            before = path.read_text("utf-8")
-            after = refreshed(before, columns)
-            if after != before:
+            after = document(root, name)
+            if after != path.read_text("utf-8"):
                 path.write_text(after, "utf-8")
                 changed.append(path)
     return changed

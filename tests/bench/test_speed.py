@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from kvsieve.bench import rows
+from kvsieve.bench import markdown, rows
 from kvsieve.bench.cell import whole_intervals
 from kvsieve.bench.models import SHAPES, build, prompt, sharing
 from kvsieve.bench.plan import Settings, Spec
@@ -89,6 +89,21 @@ def test_the_table_marks_noise(measured: list[dict[str, Any]]) -> None:
         console.print(render([row]))
         shown.append("~" in console.export_text().splitlines()[4])
     assert shown == [False, True]
+
+
+def test_markdown_has_both_precisions_in_a_line_and_no_disturbed_ratio(
+    measured: list[dict[str, Any]],
+) -> None:
+    knorm = next(row for row in measured if row["method"] == "knorm" and row["batch"] == 1)
+    calm = {"step_seconds": knorm["step_seconds"] | {"median": 1.0, "min": 1.0}}
+    busy = {"step_seconds": knorm["step_seconds"] | {"median": 2.0, "min": 1.0}}
+    half = knorm | {"dtype": "bfloat16", "ratio_stock": 9.0} | busy
+    table = markdown.full_tables([knorm | {"ratio_stock": 5.25} | calm, half])
+    lines = table.splitlines()
+    assert lines[0] == "## 96 tokens, batch 1" and len(lines) == 5
+    cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
+    assert cells[:3] == ["knorm", "25%", "5.25"] and cells[4] == "~"
+    assert markdown.short_tables([knorm]) == "", "knorm is not among the short tables' methods"
 
 
 def test_what_a_method_refuses_is_a_row() -> None:

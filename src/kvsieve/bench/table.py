@@ -30,12 +30,15 @@ LEGEND = (
 
 def render(rows: Iterable[Row]) -> Group:
     """Return a table per context, batch size and dtype."""
-    latest = list({_cell(row): row for row in rows}.values())
-    latest.sort(key=_group)
     parts: list[Table | Text] = []
-    for _, group in groupby(latest, _group):
+    for _, group in groupby(sorted(latest(rows), key=_group), _group):
         parts += _section(list(group))
     return Group(*parts, Text(LEGEND, style="dim"))
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Return the last row of every cell."""
+    return list({_cell(row): row for row in rows}.values())
 
 
 def _group(row: Row) -> tuple[str, str, int, int, bool]:
@@ -70,7 +73,7 @@ def _section(rows: Sequence[Row]) -> Iterator[Table | Text]:
 
 def _lines(row: Row, rows: Sequence[Row]) -> Iterator[str]:
     yield _name(row)
-    yield _budget(row["budget"])
+    yield budget_text(row["budget"])
     if "error" in row:
         yield "failed"
         return
@@ -79,12 +82,17 @@ def _lines(row: Row, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _name(row: Row) -> str:
+    return method_text(row) + (f": {row['error']}" if "error" in row else "")
+
+
+def method_text(row: Row) -> str:
+    """Return the method with its options, and whose it is if not ours."""
     options = "".join(f" {name}={value}" for name, value in row["options"].items())
-    engine = "kvpress " if row["engine"] == "kvpress" else ""
-    return f"{engine}{row['method']}{options}" + (f": {row['error']}" if "error" in row else "")
+    return ("kvpress " if row["engine"] == "kvpress" else "") + row["method"] + options
 
 
-def _budget(budget: int | float | str | None) -> str:
+def budget_text(budget: int | float | str | None) -> str:
+    """Return a budget as it was given: a share, or slots."""
     return "–" if budget is None else f"{budget:.0%}" if isinstance(budget, float) else str(budget)
 
 
@@ -131,9 +139,12 @@ def _kept(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _peak(row: Row, rows: Sequence[Row]) -> str:
-    if row["bytes_peak"] is None:
-        return "–"
-    return f"{(row['bytes_peak'] - row['bytes_kept']) / row['bytes_layer']:.2f}"
+    return "–" if row["bytes_peak"] is None else f"{peak_layers(row):.2f}"
+
+
+def peak_layers(row: Row) -> float:
+    """Return the most bytes held minus the bytes kept, in full layers."""
+    return (row["bytes_peak"] - row["bytes_kept"]) / row["bytes_layer"]
 
 
 COLUMNS: dict[str, Callable[[Row, Sequence[Row]], str]] = {
