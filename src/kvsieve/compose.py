@@ -159,7 +159,8 @@ def recipe(
             raise RecipeError(
                 f"Method {name!r} has no option {option!r}. {choices(option, possible)}"
             )
-    common = {key: options[key] for key in COMMON if key in options and key not in found.options()}
+    own_names = found.accepts(options)
+    common = {key: options[key] for key in COMMON if key in options and key not in own_names}
     own = {key: value for key, value in options.items() if key not in common}
     built = found.build(**own)
     if not built.compresses:

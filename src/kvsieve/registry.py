@@ -47,6 +47,14 @@ class Method:
         parameters = inspect.signature(self.factory).parameters
         return {n: p for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
 
+    def accepts(self, options: Mapping[str, Any]) -> set[str]:
+        """Return the names of its own options and, if it wraps one, of the scorer asked for."""
+        own = self.options()
+        if not self.wraps:
+            return set(own)
+        inner = find(options.get("scorer", own["scorer"].default))
+        return set(own) | inner.accepts({n: x for n, x in options.items() if n != "scorer"})
+
     def build(self, **options: Any) -> Recipe:
         """Build the recipe with the method's defaults, changed by ``options``.
 

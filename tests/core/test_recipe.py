@@ -49,6 +49,14 @@ def test_common_options_reach_every_method(name: str) -> None:
     assert Recipe.from_dict(changed.to_dict()) == changed
 
 
+def test_a_wrapper_hands_an_option_that_both_know_to_the_scorer() -> None:
+    """expected-attention leaves its sinks out of the statistics, too: protecting isn't enough."""
+    alone = build("expected-attention", sinks=8)
+    wrapped = build("criticalkv", scorer="expected-attention", sinks=8)
+    assert wrapped.sinks == alone.sinks == 8
+    assert wrapped.scorer == alone.scorer != build("expected-attention").scorer
+
+
 def test_a_toml_file(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(
