@@ -1,0 +1,48 @@
+"""Random sketches, and leverage scores of sketched rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gaussian(rows: int, columns: int, *, seed: int, heads: int = 0) -> Tensor:
+    """Draw a sketch ``[rows, columns]``, or ``[heads, rows, columns]``, of variance 1 / columns.
+
+    On the CPU, from a generator of its own: the same on every device and in every run.
+    """
+    made = torch.Generator().manual_seed(seed)
+    shape = (heads, rows, columns) if heads else (rows, columns)
+    return torch.randn(shape, generator=made) / columns**0.5
+
+
+def leverage(x: Tensor, inside: Tensor, sketch: Tensor, ridge: float = 0.01) -> Tensor:
+    """Return ridge leverage scores of the rows of ``x [B, H, S, D]``, ``[B, H, S]`` in fp32.
+
+    ``X``: rows ``inside [B, 1 or H, S]``, centred, times ``sketch [H, D, R]``;
+    ``score_i = x_i (X^T X + ridge I)^-1 x_i^T``, in [0, 1]. Time O(S R (D + R)).
+    """
+    outside = ~inside[..., None]
+    x = x.float().masked_fill(outside, 0.0)
+    count = inside.sum(-1).clamp_min(1)[..., None, None]
+    centred = (x - x.sum(2, keepdim=True) / count) @ sketch
+    # In fp64: rounding of a large Gram matrix is larger than the ridge that keeps it invertible.
+    rows = centred.masked_fill(outside, 0.0).double()
+    gram = rows.transpose(-1, -2) @ rows
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    factor = torch.linalg.cholesky_ex(gram).L
+    solved = torch.linalg.solve_triangular(factor, rows.transpose(-1, -2), upper=False)
+    return solved.square().sum(2).float()
+
+
+def standardise(scores: Tensor, inside: Tensor) -> Tensor:
+    """Return ``scores [B, H, S]`` with mean 0 and deviation 1 over each row's heads and slots.
+
+    Only slots ``inside [B, 1 or H, S]`` count; what comes out for the others is meaningless.
+    """
+    outside = ~inside.expand_as(scores)
+    count = (~outside).sum((1, 2), keepdim=True)
+    mean = scores.masked_fill(outside, 0.0).sum((1, 2), keepdim=True) / count.clamp_min(1)
+    apart = (scores - mean).masked_fill(outside, 0.0)
+    variance = apart.square().sum((1, 2), keepdim=True) / (count - 1).clamp_min(1)
+    return apart / variance.sqrt().clamp_min(1e-6)
