@@ -67,3 +67,44 @@ class TwoStage:
         # Infinite scores stay what they are: protected, or no slot at all.
         weighted = torch.where(scores.isinf(), scores, weighted)
         keep_best(store, weighted.masked_fill(first & ~scores.isneginf(), torch.inf), counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepChunks:
+    """Keep whole chunks of ``length`` tokens, the same in all heads of a layer (ChunkKV).
+
+    Heads must have equal counts and hold the same tokens. The last chunk may be cut.
+    """
+
+    length: int = 20
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise RecipeError(f"length={self.length}: a chunk must hold 1 token or more.")
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset()
+
+    def compress(self, step: Step, store: Store, scores: Tensor, counts: Tensor) -> None:
+        """Keep ``counts [B, H]`` slots: protected ones, then chunk by chunk from their start."""
+        keep_best(store, self.shared(scores, store["position"]), counts)
+
+    def shared(self, scores: Tensor, position: Tensor) -> Tensor:
+        """Give each slot of ``scores [B, H, S]`` the mean of its chunk over slots and heads.
+
+        Infinite scores stay what they are, and have no part in the mean.
+        """
+        missing = scores.isneginf()
+        chunk = (
+            (position // self.length).long().expand_as(scores).masked_fill(missing, 0).flatten(1)
+        )
+        counted = scores.isfinite()
+        # A sum of condemned slots' scores must not become infinite.
+        largest = torch.finfo(torch.float32).max / scores[0].numel()
+        finite = scores.clamp(-largest, largest).masked_fill(~counted, 0.0).flatten(1)
+        sums = finite.new_zeros(len(scores), int(chunk.max()) + 1)
+        total = sums.scatter_add(1, chunk, finite)
+        number = sums.scatter_add(1, chunk, counted.flatten(1).float()).clamp_min(1)
+        mean = (total / number).gather(1, chunk).view_as(scores)
+        return torch.where(counted, mean, scores)

@@ -17,6 +17,7 @@ STEPS = 7
 
 # Options at the size of the toy prompts, for every method that has them.
 SMALL = {"window": 4, "interval": 3, "future": 16, "chunk": 16, "sinks": 2, "kernel": 3}
+SMALL |= {"lag": 4, "length": 4, "local": 5}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ CASES = [
     _case("adakv", "adakv-g-kv", scorer="g-kv"),
     _case("criticalkv", "criticalkv-h2o", scorer="h2o"),
     _case("criticalkv", "criticalkv-adakv", scorer="adakv", window=4, kernel=3),
+    _case("adakv", "adakv-lagkv", scorer="lagkv", cross_scoring=True),
+    _case("chunkkv", "chunkkv-h2o", scorer="h2o"),
+    _case("chunkkv", "chunkkv-keydiff-ragged", scorer="keydiff", layout="ragged"),
+    _case("chunkkv", "chunkkv-pyramidkv", scorer="pyramidkv"),
+    _case("cur", "cur-sketched", sketch=6, schedule=BOTH),
     _case("h2o", "h2o-normalised", normalise=True),
     _case("h2o", "h2o-ragged", layout="ragged"),
     _case("kvzip", "kvzip-layer", scope="layer"),

@@ -98,7 +98,7 @@ def wrapped(outer: Callable[..., Any], base: str, ratio: float, **parameters: An
     return Case(
         press=lambda: outer(press=inner(ratio), **parameters),
         parameters={**given, **parameters},
-        one_by_one=outer is kvpress.CriticalAdaKVPress,
+        one_by_one=outer in (kvpress.CriticalAdaKVPress, kvpress.ChunkKVPress),
     )
 
 
@@ -138,6 +138,9 @@ CASES: dict[str, Case] = {
     "cur_ragged": case(
         kvpress.CURPress, num_sinks=4, leverage_type="kv_product", local_window_size=20
     ),
+    "chunkkv_knorm": wrapped(kvpress.ChunkKVPress, "knorm", 0.5, chunk_length=20),
+    "chunkkv_knorm_75": wrapped(kvpress.ChunkKVPress, "knorm", 0.75, chunk_length=8),
+    "chunkkv_snapkv": wrapped(kvpress.ChunkKVPress, "snapkv", 0.5, chunk_length=16),
     "cur_avg_global": case(
         kvpress.CURPress, num_sinks=4, leverage_type="kv_avg", use_local_approximation=False
     ),
@@ -267,12 +270,21 @@ def run(model: PreTrainedModel, press: Any, ids: Tensor, full: list[Tensor]) -> 
     return {**out, "kept": torch.stack(kept)}
 
 
-def check_margin(name: str, out: dict[str, Tensor]) -> None:
+def chunk_means(score: Tensor, length: int) -> Tensor:
+    """Give each slot of ``score [L, B, H, S]`` the mean of its chunk, summed over heads."""
+    chunks = [x.mean(-1, keepdim=True).expand_as(x) for x in score.sum(2).split(length, -1)]
+    return torch.cat(chunks, -1)[:, :, None].expand(score.shape)
+
+
+def check_margin(name: str, out: dict[str, Tensor], chunk: int | None = None) -> None:
     """Refuse vectors in which rounding could move a slot over the line (CriticalKV aside)."""
     if name.startswith("critical"):
         return
     shape = out["kept"].shape
-    score = (out["score"] if "score" in out else out["base_score"].reshape(*shape[:2], -1)).double()
+    base = out.get("base_score")
+    if base is not None and chunk is not None:
+        base = chunk_means(base, chunk)
+    score = (out["score"] if base is None else base.reshape(*shape[:2], -1)).double()
     kept = out["kept"].reshape(score.shape)
     line = score.masked_fill(kept, -torch.inf).amax(-1, keepdim=True)
     gap = ((score - line).abs() / line.abs()).masked_fill(~kept, torch.inf).min().item()
@@ -337,7 +349,7 @@ def make_scores(kind: str, out: Path) -> None:
     tensors, full = layer_inputs(model, ids)
     for name, what in CASES.items():
         got = run_case(model, what, ids, full)
-        check_margin(name, got)
+        check_margin(name, got, what.parameters.get("chunk_length"))
         for key, value in got.items():
             tensors[f"{name}.{key}"] = value
     config = model.config

@@ -46,6 +46,12 @@ PRESSES: dict[str, tuple[str, dict[str, Any], slice | None]] = {
         EXPECTED | {"covariance": False, "value_norm": False},
         slice(4, S),
     ),
+    "lagkv": ("lagkv", {"sinks": 4, "lag": 16}, slice(4, 4 + 4 * 16)),
+    "lagkv_cross": ("lagkv", {"lag": 16, "cross_scoring": True}, slice(4, 4 + 4 * 16)),
+    "lagkv_short": ("lagkv", {"sinks": 4, "lag": 128}, None),  # the most recent, by another scale
+    "cur": ("cur", {"sinks": 4, "local": 16}, slice(4, S)),
+    "cur_ragged": ("cur", {"sinks": 4, "local": 20}, slice(4, S)),
+    "cur_avg_global": ("cur", {"local": 0, "combine": "average"}, slice(4, S)),
     "expected_one_future": ("expected-attention", EXPECTED | {"future": 1}, slice(4, S)),
 }
 
@@ -67,9 +73,8 @@ def test_press(case: str, model: str) -> None:
 
 
 def test_every_recorded_case_of_a_method_we_have_is_compared() -> None:
-    ours = {*PRESSES, *WRAPPED, *CRITICAL}
-    other = {"lagkv", "lagkv_cross", "lagkv_short", "cur", "cur_ragged", "cur_avg_global"}
-    assert set(load("kvpress_llama")[1]["cases"]) - other == ours
+    ours = {*PRESSES, *WRAPPED, *CRITICAL, *CHUNKED}
+    assert set(load("kvpress_llama")[1]["cases"]) == ours
 
 
 WRAPPED = {
@@ -92,6 +97,29 @@ def test_adakv(case: str, model: str) -> None:
     want = tensors[f"{case}.kept"]
     assert torch.equal(kept(recipe, layers), want)
     assert len(set(want.sum(-1).flatten().tolist())) > 1  # heads do share unevenly
+
+
+CHUNKED = {
+    "chunkkv_knorm": {"scorer": "knorm", "length": 20},
+    "chunkkv_knorm_75": {"scorer": "knorm", "length": 8},
+    "chunkkv_snapkv": {"scorer": "snapkv", "length": 16} | SNAPKV,
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("case", CHUNKED)
+def test_chunkkv(case: str, model: str) -> None:
+    """kvpress keeps a number of chunks; as many slots as they hold are the budget here."""
+    tensors, layers = load(model)[0], kvpress_layers(model)
+    for layer, base, want in zip(
+        layers, tensors[f"{case}.base_score"], tensors[f"{case}.kept"], strict=True
+    ):
+        for b in range(2):
+            budget = int(want[b, 0].sum())
+            recipe = kvsieve.recipe("chunkkv", budget=budget, **CHUNKED[case])
+            scored = S if CHUNKED[case]["scorer"] == "knorm" else S - 16
+            assert_near(score(recipe, layer)[b, :, :scored], base[b, :, :scored])
+            assert torch.equal(kept(recipe, [layer.row(b)])[0, 0], want[b])
 
 
 CRITICAL = {

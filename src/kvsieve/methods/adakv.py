@@ -17,7 +17,7 @@ from typing import Any
 
 from kvsieve.allocators import TopK
 from kvsieve.compose import Recipe
-from kvsieve.compressors import TwoStage
+from kvsieve.compressors import KeepChunks, TwoStage
 from kvsieve.errors import RecipeError
 from kvsieve.interfaces import Scope
 from kvsieve.registry import find, method
@@ -42,6 +42,10 @@ def adakv(*, scorer: str = "snapkv", floor: float = 0.2, **options: Any) -> Reci
             "Use a method of scope 'head', such as snapkv, h2o, keydiff or g-kv."
         )
     compressor = inner.compressor
+    if isinstance(compressor, KeepChunks):
+        raise RecipeError(
+            f"adakv(scorer={scorer!r}): its heads keep the same slots, none unevenly."
+        )
     if isinstance(compressor, TwoStage):
         compressor = dataclasses.replace(compressor, floor=floor)
     allocator = TopK(scope=Scope.LAYER, floor=floor)

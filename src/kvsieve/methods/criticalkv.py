@@ -18,7 +18,7 @@ import dataclasses
 from typing import Any
 
 from kvsieve.compose import Recipe
-from kvsieve.compressors import TwoStage
+from kvsieve.compressors import KeepChunks, TwoStage
 from kvsieve.errors import RecipeError
 from kvsieve.registry import find, method
 
@@ -39,5 +39,9 @@ def criticalkv(
     inner = find(scorer).build(**options)
     if not inner.compresses:
         raise RecipeError(f"criticalkv(scorer={scorer!r}): that method has no scores.")
+    if isinstance(inner.compressor, KeepChunks):
+        raise RecipeError(
+            f"criticalkv(scorer={scorer!r}): it keeps chunks whole, not in two stages."
+        )
     compressor = TwoStage(first=first, epsilon=epsilon)
     return dataclasses.replace(inner, method="criticalkv", compressor=compressor)
