@@ -110,6 +110,35 @@ class TopK:
         return score.masked_fill(safe & (score > -torch.inf), torch.inf)
 
 
+@dataclass(frozen=True)
+class LazyLayers:
+    """Layers in need keep everything, lazy ones what is protected (SimLayerKV, arXiv 2410.13846).
+
+    A layer's need is its highest score that isn't protected. In order of need (ties: the earlier
+    layer), layers keep all their slots until the model's budget is used; the one on the line keeps
+    a part. Heads of a layer keep equal numbers, and must hold equal numbers.
+    """
+
+    scope: Scope = Scope.MODEL
+
+    def allocate(self, scores: list[Tensor], round: Round) -> list[Tensor]:
+        """Return each layer's own count, the same for its heads."""
+        protected = [score.isposinf() for score in scores]
+        need = torch.stack(
+            [
+                x.masked_fill(p, -torch.inf).amax((1, 2))
+                for x, p in zip(scores, protected, strict=True)
+            ]
+        )  # [L, B]
+        safe = torch.stack([p.sum(-1).amax(1) for p in protected]).cpu()
+        order = need.sort(dim=0, descending=True, stable=True).indices.cpu()
+        live = torch.stack([count.amax(1) for count in round.live])
+        wanted = (live - safe).gather(0, order)
+        spare = round.budgets * len(scores) - safe.sum(0) - (wanted.cumsum(0) - wanted)
+        counts = safe.scatter_add(0, order, spare.clamp_min(0).minimum(wanted))
+        return [torch.minimum(n[:, None], x) for n, x in zip(counts, round.live, strict=True)]
+
+
 def top_mask(scores: Tensor, counts: Tensor) -> Tensor:
     """Mark the ``counts`` highest entries along the last axis; ties go to the earlier index.
 
