@@ -59,6 +59,9 @@ class LayerState:
         if soon or (step.prefill and scorer.window and scorer.moments is None):
             if self.recent is None:
                 self.recent = step.recent = QueryWindow.empty(step.query, scorer.window)
+            elif step.prefill:
+                # What is pushed below overwrites the queries of earlier parts.
+                step.earlier = self.recent.copied()
             queries, positions, valid = newest(step.query, step.positions, step.live, scorer.window)
             if self.recent.push(queries, positions, None if step.live is None else valid):
                 self.version = -1  # bytes have changed

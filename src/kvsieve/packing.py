@@ -34,3 +34,12 @@ def pick(x: Tensor, order: Tensor) -> Tensor:
 def put_back(packed: Tensor, order: Tensor) -> Tensor:
     """Undo ``pick`` for ``packed [B, H, S]``."""
     return torch.empty_like(packed).scatter(2, order, packed)
+
+
+def lay_out(x: Tensor, place: Tensor, width: int) -> Tensor:
+    """Put ``x [B, H, N(, D)]`` at its ``place [B, H, N]`` (-1: none) of ``width``; zeros else."""
+    out = x.new_zeros(*x.shape[:2], width + 1, *x.shape[3:])
+    index = place.masked_fill(place < 0, width)
+    if x.dim() == 4:
+        index = index[..., None].expand_as(x)
+    return out.scatter(2, index, x)[:, :, :width]

@@ -76,6 +76,10 @@ class QueryWindow:
         self.valid = F.pad(self.valid, (0, extra))
         return True
 
+    def copied(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, positions and validity as they are now, whatever is pushed later."""
+        return self.queries.clone(), self.positions.clone(), self.valid.clone()
+
     def tensors(self) -> list[Tensor]:
         """Return everything stored, for counting bytes."""
         return [self.queries, self.positions, self.valid]

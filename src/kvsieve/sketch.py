@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvsieve.step import Step
+from kvsieve.store import Store
+from kvsieve.store.rope import unrotate
+
 
 def gaussian(rows: int, columns: int, *, seed: int, heads: int = 0) -> Tensor:
     """Draw a sketch ``[rows, columns]``, or ``[heads, rows, columns]``, of variance 1 / columns.
@@ -33,6 +37,19 @@ def leverage(x: Tensor, inside: Tensor, sketch: Tensor, ridge: float = 0.01) -> 
     factor = torch.linalg.cholesky_ex(gram).L
     solved = torch.linalg.solve_triangular(factor, rows.transpose(-1, -2), upper=False)
     return solved.square().sum(2).float()
+
+
+def key_leverage(step: Step, store: Store, inside: Tensor, width: int, seed: int) -> Tensor:
+    """Return the standardised leverage of cached keys before rotation, ``[B, H, S]`` in fp32.
+
+    Over the slots ``inside [B, 1 or H, S]``; the sketch of ``width`` columns (no more than D) is
+    drawn from ``seed``, layer and head.
+    """
+    keys = unrotate(store.keys.float(), *step.rotation(store["position"].long()))
+    _, H, _, D = keys.shape
+    layer_seed = seed * 1_000_003 + step.layer.ordinal
+    drawn = gaussian(D, min(width, D), seed=layer_seed, heads=H).to(keys.device)
+    return standardise(leverage(keys, inside, drawn), inside)
 
 
 def standardise(scores: Tensor, inside: Tensor) -> Tensor:

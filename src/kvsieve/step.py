@@ -59,7 +59,9 @@ class Step:
     ``live [B, T]`` marks padding (None: none); ``keys [B, Hq, S, D]`` replaces the stored keys
     where a model expands what it caches, with one KV head per query head; ``offset [B]`` is
     rotary position minus ``positions``. ``replay`` is True while a prompt is being repeated: then
-    ``replayed [B, 2]`` gives the span of positions that this forward repeats.
+    ``replayed [B, 2]`` gives the span of positions that this forward repeats. ``earlier``: in a
+    prompt part, the remembered queries ``[B, H, G, N, D]`` of forwards before it, their positions
+    ``[B, N]`` and which of them are valid; None: none are remembered.
     """
 
     layer: LayerInfo
@@ -73,6 +75,7 @@ class Step:
     softcap: float | None = None
     offset: Tensor | None = None
     recent: QueryWindow | None = None
+    earlier: tuple[Tensor, Tensor, Tensor] | None = None
     moments: QueryMoments | None = None
     replayed: Tensor | None = None
     _windows: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)

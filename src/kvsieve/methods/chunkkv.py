@@ -43,6 +43,6 @@ def chunkkv(*, scorer: str = "snapkv", length: int = 20, **options: Any) -> Reci
         reason = "chooses slots its own way" if inner.compresses else "has no scores"
         raise RecipeError(
             f"chunkkv(scorer={scorer!r}): a layer's heads keep the same chunks by score, "
-            f"but {scorer!r} {reason}. Use a method of scope 'head', such as snapkv, h2o or keydiff."
+            f"but {scorer!r} {reason}. Use a method of scope 'head', as snapkv, h2o or keydiff."
         )
     return dataclasses.replace(inner, method="chunkkv", compressor=KeepChunks(length=length))

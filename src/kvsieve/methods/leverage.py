@@ -26,10 +26,9 @@ from kvsieve.interfaces import ScorerDefaults, Signal
 from kvsieve.packing import live_slots
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill
-from kvsieve.sketch import gaussian, leverage, standardise
+from kvsieve.sketch import key_leverage
 from kvsieve.step import Step
 from kvsieve.store import Store
-from kvsieve.store.rope import unrotate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +47,7 @@ class KeyLeverage(ScorerDefaults):
         return frozenset({Signal.PRE_ROPE})
 
     def score(self, step: Step, store: Store) -> Tensor:
-        inside = live_slots(store)
-        keys = unrotate(store.keys.float(), *step.rotation(store["position"].long()))
-        _, H, _, D = keys.shape
-        seed = self.seed * 1_000_003 + step.layer.ordinal
-        drawn = gaussian(D, min(self.sketch, D), seed=seed, heads=H).to(keys.device)
-        return standardise(leverage(keys, inside, drawn), inside)
+        return key_leverage(step, store, live_slots(store), self.sketch, self.seed)
 
 
 @method(
