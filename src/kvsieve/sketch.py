@@ -42,13 +42,13 @@ def leverage(x: Tensor, inside: Tensor, sketch: Tensor, ridge: float = 0.01) -> 
 def key_leverage(step: Step, store: Store, inside: Tensor, width: int, seed: int) -> Tensor:
     """Return the standardised leverage of cached keys before rotation, ``[B, H, S]`` in fp32.
 
-    Over the slots ``inside [B, 1 or H, S]``; the sketch of ``width`` columns (no more than D) is
+    Over the slots ``inside [B, 1 or H, S]``; the sketch of ``width`` columns is
     drawn from ``seed``, layer and head.
     """
     keys = unrotate(store.keys.float(), *step.rotation(store["position"].long()))
     _, H, _, D = keys.shape
     layer_seed = seed * 1_000_003 + step.layer.ordinal
-    drawn = gaussian(D, min(width, D), seed=layer_seed, heads=H).to(keys.device)
+    drawn = gaussian(D, width, seed=layer_seed, heads=H).to(keys.device)
     return standardise(leverage(keys, inside, drawn), inside)
 
 

@@ -49,7 +49,7 @@ def projection_diagonal(keys: torch.Tensor, sketch: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("width", [2, 4, 48])
 def test_score_and_kept_set(width: int) -> None:
     layer = draw(S=16, padding=(0, 5), angles=ANGLES)
-    drawn = gaussian(4, min(width, 4), seed=0, heads=2)
+    drawn = gaussian(4, width, seed=0, heads=2)
     want = []
     for heads in unrotated(layer):
         raw = torch.stack([projection_diagonal(k, drawn[h]) for h, k in enumerate(heads)])

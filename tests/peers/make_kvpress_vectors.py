@@ -91,6 +91,34 @@ def expected_case(**options: Any) -> Case:
     return Case(press=lambda: expected(**given), parameters={"compression_ratio": 0.5, **given})
 
 
+def compactor_case(blending: float) -> Case:
+    """A case of Compactor, row by row: the peer standardises over the whole batch.
+
+    Chunks of 28 divide the 84 tokens between sinks and end, so that none is padded.
+    """
+    given = {"sink_size_start": 8, "sink_size_end": 4, "chunk_size": 28, "sketch_dimension": 48}
+    given |= {"compression_ratio": 0.5, "blending": blending}
+
+    def press() -> Any:
+        made = kvpress.CompactorPress(**given)
+        inner = made._leverage_press.compute_leverage_scores
+
+        def seeded(*args: Any) -> Tensor:
+            torch.manual_seed(SEED)
+            return inner(*args)
+
+        made._leverage_press.compute_leverage_scores = seeded
+        return made
+
+    return Case(press=press, parameters=given, one_by_one=True)
+
+
+def peer_sketch(columns: int) -> Tensor:
+    """The sketch [H, D, columns] that Compactor draws for every layer and row of one."""
+    torch.manual_seed(SEED)
+    return torch.randn(1, H, D, columns)[0] / columns**0.5
+
+
 def wrapped(outer: Callable[..., Any], base: str, ratio: float, **parameters: Any) -> Case:
     """A case of a press over another press, ``base`` being snapkv or knorm."""
     inner = snapkv if base == "snapkv" else lambda r: kvpress.KnormPress(compression_ratio=r)
@@ -141,6 +169,8 @@ CASES: dict[str, Case] = {
     "chunkkv_knorm": wrapped(kvpress.ChunkKVPress, "knorm", 0.5, chunk_length=20),
     "chunkkv_knorm_75": wrapped(kvpress.ChunkKVPress, "knorm", 0.75, chunk_length=8),
     "chunkkv_snapkv": wrapped(kvpress.ChunkKVPress, "snapkv", 0.5, chunk_length=16),
+    "compactor": compactor_case(0.35),
+    "compactor_attention": compactor_case(0.0),
     "cur_avg_global": case(
         kvpress.CURPress, num_sinks=4, leverage_type="kv_avg", use_local_approximation=False
     ),
@@ -352,6 +382,7 @@ def make_scores(kind: str, out: Path) -> None:
         check_margin(name, got, what.parameters.get("chunk_length"))
         for key, value in got.items():
             tensors[f"{name}.{key}"] = value
+    tensors["compactor.sketch"] = peer_sketch(48)
     config = model.config
     facts = {
         "scaling": model.model.layers[0].self_attn.scaling,

@@ -18,8 +18,10 @@ from kvsieve.compressors import Evict
 from kvsieve.interfaces import Round
 from kvsieve.methods.kvzip import Reconstruction
 from kvsieve.scoring import projected_l1
+from kvsieve.sketch import leverage, standardise
 from kvsieve.step import LayerInfo, Step
 from kvsieve.store import Store
+from kvsieve.store.rope import unrotate
 
 from .recorded import kept, kvpress_layers, load, positions_of, prefilled, score
 
@@ -73,7 +75,7 @@ def test_press(case: str, model: str) -> None:
 
 
 def test_every_recorded_case_of_a_method_we_have_is_compared() -> None:
-    ours = {*PRESSES, *WRAPPED, *CRITICAL, *CHUNKED}
+    ours = {*PRESSES, *WRAPPED, *CRITICAL, *CHUNKED, *COMPACTOR}
     assert set(load("kvpress_llama")[1]["cases"]) == ours
 
 
@@ -120,6 +122,31 @@ def test_chunkkv(case: str, model: str) -> None:
             scored = S if CHUNKED[case]["scorer"] == "knorm" else S - 16
             assert_near(score(recipe, layer)[b, :, :scored], base[b, :, :scored])
             assert torch.equal(kept(recipe, [layer.row(b)])[0, 0], want[b])
+
+
+COMPACTOR = {"compactor": 0.35, "compactor_attention": 0.0}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_compactor_without_leverage(model: str) -> None:
+    recipe = kvsieve.recipe("compactor", budget=HALF, chunk=28, blend=0.0)
+    tensors, layers = load(model)[0], kvpress_layers(model)
+    for layer, want in zip(layers, tensors["compactor_attention.score"], strict=True):
+        assert_near(score(recipe, layer)[..., 8 : S - 4], want[..., 8 : S - 4])
+    assert torch.equal(kept(recipe, layers), tensors["compactor_attention.kept"])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_compactor_with_the_peer_s_sketch(model: str) -> None:
+    attention = kvsieve.recipe("compactor", budget=HALF, chunk=28, blend=0.0)
+    tensors, position = load(model)[0], torch.arange(S)
+    inside = ((position >= 8) & (position < S - 4))[None, None]
+    for layer, want in zip(kvpress_layers(model), tensors["compactor.score"], strict=True):
+        assert layer.info.rotary is not None
+        keys = unrotate(layer.key, *layer.info.rotary(position[None, None]))
+        lever = standardise(leverage(keys, inside, tensors["compactor.sketch"]), inside)
+        got = 0.35 * lever + score(attention, layer)
+        assert_near(got[..., 8 : S - 4], want[..., 8 : S - 4])
 
 
 CRITICAL = {

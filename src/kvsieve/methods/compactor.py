@@ -134,6 +134,7 @@ def _column_sums(queries: Tensor, keys: Tensor, asked: Tensor, present: Tensor) 
     year=2025,
     arxiv="2507.08143",
     certainty="code",
+    oracle="kvpress 0.5.5",
 )
 def compactor(
     *,

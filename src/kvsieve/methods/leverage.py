@@ -10,8 +10,8 @@ O(S (D + R)) in memory per event.
 
 Differs from the paper: Cholesky in place of the paper's solver, as in kvpress. Keys are un-rotated
 by their positions instead of projected again from hidden states. The sketch is drawn from ``seed``,
-layer and head, so that runs repeat, and is no wider than D. kvpress standardises over the whole
-batch; here each row is by itself. The paper has no decode phase; give a schedule for one.
+layer and head, so that runs repeat. kvpress standardises over the whole batch; here each row is by
+itself. The paper has no decode phase; give a schedule for one.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class KeyLeverage(ScorerDefaults):
     year=2025,
     arxiv="2507.08143",
     certainty="code",
+    oracle="kvpress 0.5.5",
 )
 def leverage_scores(*, sketch: int = 48, seed: int = 0) -> Recipe:
     """``sketch``: columns of the random sketch; ``seed``: of its numbers."""
