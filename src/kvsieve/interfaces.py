@@ -140,7 +140,10 @@ class Compressor(Protocol):
     def needs(self) -> frozenset[Signal]: ...
 
     def compress(self, step: Step, store: Store, scores: Tensor, counts: Tensor) -> None:
-        """Bring every head of ``store`` down to ``counts`` slots ``[B, H]``."""
+        """Bring every head of ``store`` down to ``counts`` slots ``[B, H]``.
+
+        Where the allocator decides over the whole model, ``step`` has no queries left.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvsieve.step import Step
 from kvsieve.store import Store
-from kvsieve.store.attend import query_blocks
+from kvsieve.store.attend import layer_block, query_blocks
 
 Pooling = Literal["avg", "max", "none"]
 
@@ -43,10 +43,56 @@ def pool(scores: Tensor, inside: Tensor, kernel: int, pooling: Pooling) -> Tenso
         return scores
     masked = scores.masked_fill(~inside, 0.0)
     apply = F.avg_pool1d if pooling == "avg" else F.max_pool1d
-    # Neighbours are real tokens: padding of a later turn, between two of them, is passed over.
-    order = (~inside).byte().argsort(dim=-1, stable=True).expand(scores.shape)
+    order = _gathered(inside, scores.shape)
     pooled = apply(masked.gather(-1, order), kernel, stride=1, padding=kernel // 2)
     return torch.empty_like(pooled).scatter(-1, order, pooled)
+
+
+def smooth(scores: Tensor, inside: Tensor, kernel: int) -> Tensor:
+    """Average ``scores [B, H, S]`` of any sign over the neighbouring slots of the part ``inside``.
+
+    At the ends of that part the mean goes over fewer slots: nothing is padded, so that scores may
+    be negative. What comes out for slots outside is meaningless.
+    """
+    if kernel == 1:
+        return scores
+    order = _gathered(inside, scores.shape)
+    masked = scores.masked_fill(~inside, 0.0).gather(-1, order)
+    there = inside.expand(scores.shape).gather(-1, order).float()
+    total, share = (F.avg_pool1d(x, kernel, 1, kernel // 2) for x in (masked, there))
+    mean = total / share.clamp_min(1 / (2 * kernel))
+    return torch.empty_like(mean).scatter(-1, order, mean)
+
+
+def _gathered(inside: Tensor, shape: torch.Size) -> Tensor:
+    """Return the order that puts the slots ``inside`` first, one beside the other.
+
+    Neighbours are real tokens: padding of a later turn, between two of them, is passed over.
+    """
+    return (~inside).byte().argsort(dim=-1, stable=True).expand(shape)
+
+
+def rank(scores: Tensor, inside: Tensor) -> Tensor:
+    """Return each slot's rank within its head: 1 for the best of n slots ``inside``, 1/n the last.
+
+    ``scores [B, H, S]`` -> ``[B, H, S]``; ties go to the earlier slot.
+    """
+    order = (
+        scores.masked_fill(~inside, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    )
+    count = inside.sum(-1, keepdim=True).clamp_min(1).expand(*scores.shape[:2], 1)
+    place = torch.arange(scores.shape[-1], device=scores.device)
+    return torch.empty_like(scores).scatter(-1, order, (count - place) / count)
+
+
+def standardise(scores: Tensor, inside: Tensor) -> Tensor:
+    """Shift and scale each head of ``scores [B, H, S]`` to mean 0 and deviation 1 ``inside``."""
+    count = inside.sum(-1, keepdim=True).clamp_min(1)
+    mean = scores.masked_fill(~inside, 0.0).sum(-1, keepdim=True) / count
+    centred = (scores - mean).masked_fill(~inside, 0.0)
+    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    # Where all scores are equal, rounding would be blown up to whole deviations.
+    return centred / deviation.clamp_min(1e-6)
 
 
 def redundancy(store: Store, threshold: float) -> Tensor:
@@ -86,17 +132,39 @@ def divide_by_peak(scores: Tensor, inside: Tensor) -> Tensor:
     return scores / peak.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def projected_norm(step: Step, store: Store) -> Tensor:
-    """Return ``||v W_O||_2`` per query head, ``[B, H, G, S]`` in fp32.
-
-    In Gram form ``sqrt(v^T (W_O W_O^T) v)``: the projected values are never built.
+def column_norm(step: Step, store: Store, window: int, grouped: bool) -> Tensor:
+    """Return ``||A[last W, i]||_2`` in fp32: ``[B, H, G, S]`` per query head, or with ``grouped``
+    that of the group's mean attention ``[B, H, 1, S]``; in blocks of queries.
     """
-    gram = step.layer.gram()  # [H, G, Dv, Dv]
-    values = store.values.float()
-    groups = [
-        (values @ gram[:, g] * values).sum(-1).clamp_min(0).sqrt() for g in range(gram.shape[1])
-    ]
-    return torch.stack(groups, 2)
+    queries, positions, valid = step.window(window)
+    B, H, G, W, _ = queries.shape
+    total = torch.zeros(B, H, 1 if grouped else G, store.slots, device=queries.device)
+    for w0, w1 in query_blocks(W, B * H * G * store.slots, layer_block(store.keys)):
+        block = step.weights(
+            store, queries[:, :, :, w0:w1], positions[:, w0:w1], valid[:, w0:w1]
+        )  # [B, H, G, w, S]
+        if grouped:
+            block = block.mean(2, keepdim=True)
+        total += block.square_().sum(3)
+    return total.sqrt_()
+
+
+def projected_norm(step: Step, store: Store, summed: bool = False) -> Tensor:
+    """Return ``||v W_O||_2`` in fp32: ``[B, H, G, S]`` per query head, or with ``summed`` that of
+    the group's summed output matrices ``[B, H, 1, S]``.
+
+    In Gram form ``sqrt(v^T (W_O W_O^T) v)``, in blocks of slots: the projected values, of C
+    numbers a slot, are never built.
+    """
+    gram, values = step.layer.gram(summed), store.values  # [H, 1|G, Dv, Dv]
+    B, H, S, Dv = values.shape
+    out = torch.empty(B, H, gram.shape[1], S, device=values.device)
+    for s0, s1 in query_blocks(S, B * H * Dv, layer_block(values)):
+        block = values[:, :, s0:s1].float()
+        for g in range(gram.shape[1]):
+            squared = (block @ gram[:, g]).mul_(block).sum(-1)
+            out[:, :, g, s0:s1] = squared.clamp_min_(0).sqrt_()
+    return out
 
 
 def projected_l1(step: Step, store: Store) -> Tensor:

@@ -193,9 +193,9 @@ class Session:
         self.owed = True
         with self.watch.part("compress", step.query.device):
             scores = self._score(scorer, step, layer.store)
+            step = step.waiting(self.recipe.scope)
             self._pending.append(Pending(ordinal=ordinal, scores=scores, step=step))
-            last = ordinal == len(self.layers) - 1
-            if self.recipe.scope is not Scope.MODEL or last:
+            if self.recipe.scope is not Scope.MODEL or ordinal == len(self.layers) - 1:
                 waiting, self._pending = self._pending, []
                 self._compress(waiting)
 

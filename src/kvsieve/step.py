@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvsieve.errors import UnsupportedSignal
+from kvsieve.interfaces import Scope
 from kvsieve.moments import QueryMoments
 from kvsieve.queries import QueryWindow, newest, pick_queries
 from kvsieve.store import Store
@@ -37,18 +38,22 @@ class LayerInfo:
     rotary: Rotary | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def gram(self) -> Tensor:
+    def gram(self, summed: bool = False) -> Tensor:
         """Return ``W_O W_O^T`` per query head, ``[H, G, Dv, Dv]`` in fp32, made once.
+
+        ``summed``: of the sum of a group's matrices instead, ``[H, 1, Dv, Dv]``.
 
         Raises:
             UnsupportedSignal: the attention module has no output matrix that is known.
         """
         if self.output_projection is None:
             raise UnsupportedSignal("This layer shows no output projection.")
-        if "gram" not in self._made:
+        name = "summed gram" if summed else "gram"
+        if name not in self._made:
             w_o = self.output_projection().detach().float()
-            self._made["gram"] = w_o @ w_o.transpose(-1, -2)
-        return self._made["gram"]
+            w_o = w_o.sum(1, keepdim=True) if summed else w_o
+            self._made[name] = w_o @ w_o.transpose(-1, -2)
+        return self._made[name]
 
 
 @dataclass(kw_only=True)
@@ -83,6 +88,17 @@ class Step:
     @property
     def replay(self) -> bool:
         return self.replayed is not None
+
+    def waiting(self, scope: Scope) -> Step:
+        """Return this step as it waits for a decision of ``scope``.
+
+        Where that takes the whole model, queries and expanded keys are let go: those of a prompt
+        would add up over the layers to more than the cache itself.
+        """
+        if scope is not Scope.MODEL:
+            return self
+        none = self.query[:, :, :, :0].clone()
+        return replace(self, query=none, keys=None, recent=None, _windows={})
 
     def window(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last ``size`` real queries of each row, those of earlier forwards included.

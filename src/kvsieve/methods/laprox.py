@@ -5,11 +5,20 @@
     p_i = c_i * mean over the group of || v_i W_O ||_2
     score_i = p_i / (sum of p over heads and slots of the layer);  top-k over layers, heads, slots
 
-A: softmax attention; W window (protected, not scored). ``||v W_O||`` in Gram form.
+A: softmax attention; W window (protected, not scored). ``||v W_O||`` in Gram form, in blocks of
+slots, attention in blocks of queries: O(W S D + G S D^2) time per layer, beside the layer no more
+memory than a block and a few numbers a slot. All layers stay whole until the last one is scored.
 
 Differs from the paper: re-implementation from two secondary descriptions that agree; where they
-differ (what is pooled) this file pools the column norm. The paper's group rule is read as the mean
-of attention (``gqa="mean_attn"``); ``per_head`` scores each query head by itself.
+differ, options name the readings. ``gqa`` (all alike for one query head per KV head):
+    mean_attn     the paper's "mean attention within the group", as above
+    per_head      each query head scored by itself, then the mean
+    per_head_sum  their sum (the same order)
+    sum_proj      c_i times || v_i (sum of the group's W_O) ||, exact if its heads attend alike
+``pooled``: what is smoothed, the ``column`` norm c or the ``score`` p. ``normalise=False`` leaves
+out the layer's sum; it and the scopes ``layer`` and ``head`` are the paper's ablations. Settings of
+others: per_head with pooled score (a public audit); per_head_sum, window 8, kernel 1 (another
+re-implementation).
 """
 
 from __future__ import annotations
@@ -26,9 +35,13 @@ from kvsieve.errors import RecipeError
 from kvsieve.interfaces import Scope, ScorerDefaults, Signal
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill
-from kvsieve.scoring import before_window, pool, projected_norm
+from kvsieve.scoring import before_window, column_norm, pool, projected_norm
 from kvsieve.step import Step
 from kvsieve.store import Store
+
+Grouping = Literal["mean_attn", "per_head", "per_head_sum", "sum_proj"]
+Pooled = Literal["column", "score"]
+_GROUPINGS = ("mean_attn", "per_head", "per_head_sum", "sum_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +50,17 @@ class LaProx(ScorerDefaults):
 
     queries: int = 32
     kernel: int = 7
-    gqa: Literal["mean_attn", "per_head"] = "mean_attn"
+    gqa: Grouping = "mean_attn"
+    pooled: Pooled = "column"
+    normalise: bool = True
 
     def __post_init__(self) -> None:
-        if self.gqa not in ("mean_attn", "per_head"):
-            raise RecipeError(f"laprox: gqa={self.gqa!r}; possible: mean_attn, per_head.")
+        if self.gqa not in _GROUPINGS:
+            raise RecipeError(f"laprox: gqa={self.gqa!r}; possible: {', '.join(_GROUPINGS)}.")
+        if self.pooled not in ("column", "score"):
+            raise RecipeError(f"laprox: pooled={self.pooled!r}; possible: column, score.")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise RecipeError(f"kernel={self.kernel}: the pooling kernel must be odd.")
 
     @property
     def needs(self) -> frozenset[Signal]:
@@ -53,14 +72,20 @@ class LaProx(ScorerDefaults):
 
     def score(self, step: Step, store: Store) -> Tensor:
         inside = before_window(store, self.queries)
-        attention = step.attention(store, self.queries)  # [B, H, G, W, S]
-        norms = projected_norm(step, store)  # [B, H, G, S]
+        grouped = self.gqa in ("mean_attn", "sum_proj")
+        column = column_norm(step, store, self.queries, grouped)  # [B, H, 1|G, S]
+        norms = projected_norm(step, store, summed=self.gqa == "sum_proj")  # [B, H, 1|G, S]
         if self.gqa == "mean_attn":
-            column = pool(attention.mean(2).norm(dim=2), inside, self.kernel, "avg")
-            product = column * norms.mean(2)
-        else:
-            heads = [pool(a.norm(dim=2), inside, self.kernel, "avg") for a in attention.unbind(2)]
-            product = (torch.stack(heads, 2) * norms).mean(2)
+            norms = norms.mean(2, keepdim=True)
+        if self.pooled == "column":
+            heads = [pool(c, inside, self.kernel, "avg") for c in column.unbind(2)]
+            column = torch.stack(heads, 2)
+        product = column * norms
+        product = product.sum(2) if self.gqa == "per_head_sum" else product.mean(2)
+        if self.pooled == "score":
+            product = pool(product, inside, self.kernel, "avg")
+        if not self.normalise:
+            return product
         total = product.masked_fill(~inside, 0.0).sum((1, 2), keepdim=True)
         return product / total.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -76,17 +101,22 @@ def laprox(
     *,
     window: int = 32,
     kernel: int = 7,
-    gqa: Literal["mean_attn", "per_head"] = "mean_attn",
+    gqa: Grouping = "mean_attn",
+    pooled: Pooled = "column",
+    normalise: bool = True,
     scope: Literal["model", "layer", "head"] = "model",
 ) -> Recipe:
-    """``scope``: where budgets are shared; ``layer`` and ``head`` are the paper's ablations."""
+    """``gqa``: rule for grouped heads; ``pooled``: what is smoothed (column, score);
+    ``normalise``: by the layer's sum; ``scope``: where budgets are shared.
+    """
     scopes = {"model": Scope.MODEL, "layer": Scope.LAYER, "head": Scope.HEAD}
     if scope not in scopes:
         raise RecipeError(f"laprox: scope={scope!r}; possible: {', '.join(scopes)}.")
     even = scope == "head"
+    scorer = LaProx(queries=window, kernel=kernel, gqa=gqa, pooled=pooled, normalise=normalise)
     return Recipe(
         method="laprox",
-        scorer=LaProx(queries=window, kernel=kernel, gqa=gqa),
+        scorer=scorer,
         allocator=Uniform() if even else TopK(scope=scopes[scope]),
         schedule=AfterPrefill(),
         layout="dense" if even else "ragged",

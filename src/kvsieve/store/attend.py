@@ -111,8 +111,15 @@ def _attend_plain(
     return out
 
 
-def query_blocks(T: int, elements_per_query: int) -> Iterator[tuple[int, int]]:
-    """Cut T queries into blocks whose scores stay within ``BLOCK_ELEMENTS``."""
-    size = max(1, BLOCK_ELEMENTS // max(1, elements_per_query))
+def query_blocks(
+    T: int, elements_per_query: int, limit: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Cut T queries into blocks whose scores stay within ``limit`` (``BLOCK_ELEMENTS``)."""
+    size = max(1, (BLOCK_ELEMENTS if limit is None else limit) // max(1, elements_per_query))
     for start in range(0, T, size):
         yield start, min(T, start + size)
+
+
+def layer_block(table: Tensor) -> int:
+    """Limit a block to a quarter of ``table``'s elements, so that it is small beside a layer."""
+    return min(BLOCK_ELEMENTS, max(1 << 20, table.numel() // 4))
