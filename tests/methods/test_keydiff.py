@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models import prompt, tiny
+from running import decode
 
 import kvsieve
+from kvsieve.errors import RecipeError
 from kvsieve.methods.keydiff import KeyDiff
 
 from .support import (
@@ -121,3 +124,62 @@ def test_dead_slots_do_not_move_the_anchor() -> None:
     step, store = table(layer, KeyDiff())
     got = KeyDiff().score(step, store)[1, :, 3:].double().tolist()
     assert_close([got], [expected(layer, formula)[1]])
+
+
+def test_kept_set_is_that_of_all_pairs() -> None:
+    """The anchor and the brute-force sums over all pairs of keys keep the same slots."""
+    layer = draw(B=2, S=90, padding=(0, 11), seed=7)
+
+    def pairs(row: Row, h: int) -> Vector:
+        return [-sum(cosine(k, other) for other in row.k[h]) for k in row.k[h]]
+
+    want = [[best(head, 30) for head in row] for row in expected(layer, pairs)]
+    assert kept(recipe(30), layer) == want
+
+
+def test_an_anchor_of_keys_as_long_as_they_are() -> None:
+    layer = of_keys(torch.tensor([[10.0, 0.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
+    made = kvsieve.recipe("keydiff", budget=1, anchor="mean")
+    got = scores(layer, made)[0][0]
+    assert got == pytest.approx([-0.9950, -0.9950, -0.0995, 0.9950], abs=1e-4)
+
+    def plain(row: Row, h: int) -> Vector:
+        anchor = [mean(column) for column in zip(*row.k[h], strict=True)]
+        return [-cosine(k, anchor) for k in row.k[h]]
+
+    layer = draw(padding=(0, 3), seed=8)
+    assert_close(scores(layer, made), expected(layer, plain))
+    assert scores(layer, made)[0][0] != pytest.approx(scores(layer, recipe(1))[0][0], abs=1e-3)
+    with pytest.raises(RecipeError, match="possible: unit, mean"):
+        kvsieve.recipe("keydiff", budget=1, anchor="median")
+
+
+@pytest.mark.parametrize("schedule", ["after-prefill|every:128", "above:40"])
+def test_blocks_of_128_bound_memory_however_long_the_prompt(schedule: str) -> None:
+    """Every head is back at N after each block, so that N + 128 slots are the most there are."""
+    N, P, model = 40, 128, tiny("llama")
+    made = kvsieve.recipe("keydiff", budget=N, schedule=schedule)
+    peaks = []
+    for blocks in (4, 12):
+        trace = decode(model, made, prompt(blocks * P), steps=0, chunks=(P,) * blocks)
+        assert [int(count.max()) for count in trace.counts] == [N] * blocks
+        assert [int(count.min()) for count in trace.counts] == [N] * blocks
+        peaks.append(trace.report.bytes_peak)
+    assert peaks[0] == peaks[1], "the peak does not depend on the prompt's length"
+    # 2 layers of 2 heads: fp32 keys and values of 16, a position. Tables have room for a 16th or
+    # 32 slots more; while one layer is compacted, the old table and the new one exist.
+    slot = 2 * (2 * 16 * 4 + 4)
+    assert peaks[1] <= slot * ((N + 32) + 2 * (N + P + 32))
+    whole = decode(model, made, prompt(12 * P), steps=0)
+    assert peaks[1] < whole.report.bytes_peak / 4
+
+
+def test_a_score_of_the_key_alone_does_not_depend_on_blocks() -> None:
+    """The loop of blocks is a streaming top-k; what depends on blocks is KeyDiff's anchor."""
+    layer = draw(B=1, S=30, seed=9)
+    by_norm = kvsieve.recipe("knorm", budget=7)
+    for size in (3, 10):
+        run = Run(by_norm, layer.part(0, size))
+        for start in range(size, 30, size):
+            run.feed(layer.part(start, start + size))
+        assert run.kept() == kept(by_norm, layer)

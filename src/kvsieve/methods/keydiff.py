@@ -3,38 +3,49 @@ Similarity-Based KV Cache Eviction for Long-Context LLM Inference", arXiv 2504.1
 
     score_i = -cos(k_i, m),   m = mean over the cached slots of k_j / ||k_j||
 
-Equal in order to minus the total cosine similarity with all cached keys. O(S D) per event.
+Equal in order to minus the total cosine similarity with all cached keys, sum over j of
+cos(k_i, k_j). O(S D) per event. ``anchor="mean"`` takes the mean of the keys as long as they are,
+as one vendor's runtime does: another ranking wherever norms vary.
 
-Differs from the paper: keys of a prompt that comes in one forward are scored once at its end; feed
-it in chunks (``prefill_chunk_size``, 128 in the paper) for the paper's bounded prefill.
+The paper's bounded prefill is a prompt that comes in blocks (``prefill_chunk_size``, 128 in the
+paper) under the default schedule: after each block every head is back at its budget N, so that it
+never holds more than N + 128 slots however long the prompt. ``recent`` is its sliding window.
+
+Differs from the paper: keys of a prompt that comes in one forward are scored once at its end. Ties
+go to the earlier slot.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvsieve.compose import Recipe
+from kvsieve.errors import RecipeError
 from kvsieve.interfaces import ScorerDefaults
+from kvsieve.keys import distinctness
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill, Every
 from kvsieve.step import Step
 from kvsieve.store import Store
+
+Anchor = Literal["unit", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyDiff(ScorerDefaults):
     """Minus the cosine to the mean key direction, ``[B, H, S]``."""
 
+    anchor: Anchor = "unit"
+
+    def __post_init__(self) -> None:
+        if self.anchor not in ("unit", "mean"):
+            raise RecipeError(f"keydiff: anchor={self.anchor!r}; possible: unit, mean.")
+
     def score(self, step: Step, store: Store) -> Tensor:
-        unit = F.normalize(store.keys.float(), dim=-1)
-        if store.live is not None:
-            unit = unit.masked_fill(~store.live[..., None], 0.0)
-        count = store.counts.to(unit.device)[..., None, None]
-        anchor = unit.sum(2, keepdim=True) / count  # [B, H, 1, D]
-        return -F.cosine_similarity(unit, anchor, dim=-1)
+        return distinctness(store.keys.float(), store, normalise=self.anchor == "unit")
 
 
 @method(
@@ -45,6 +56,9 @@ class KeyDiff(ScorerDefaults):
     certainty="paper and code",
     oracle="kvpress 0.5.5",
 )
-def keydiff(*, interval: int = 128) -> Recipe:
-    """``interval``: decode steps between two compressions."""
-    return Recipe(method="keydiff", scorer=KeyDiff(), schedule=AfterPrefill() | Every(interval))
+def keydiff(*, anchor: Anchor = "unit", interval: int = 128) -> Recipe:
+    """``anchor``: mean of normalised keys (unit) or of keys (mean); ``interval``: decode steps
+    between two compressions.
+    """
+    schedule = AfterPrefill() | Every(interval)
+    return Recipe(method="keydiff", scorer=KeyDiff(anchor=anchor), schedule=schedule)
