@@ -18,6 +18,8 @@ STEPS = 7
 # Options at the size of the toy prompts, for every method that has them.
 SMALL = {"window": 4, "interval": 3, "future": 16, "chunk": 16, "sinks": 2, "kernel": 3}
 SMALL |= {"lag": 4, "length": 4, "local": 5}
+# Options that mean something else to other methods.
+SMALL_OF = {"distinct-keys": {"recent": 4}}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def _case(method: str, name: str | None = None, **options: Any) -> Case:
         inner = options.get("scorer") or registry.find(method).options()["scorer"].default
         names |= set(registry.find(inner).options())
     small = {key: value for key, value in SMALL.items() if key in names}
-    return Case(name or method, method, small | options)
+    return Case(name or method, method, small | SMALL_OF.get(method, {}) | options)
 
 
 BOTH = "after-prefill|each-step"
@@ -81,6 +83,10 @@ CASES = [
     _case("expected-attention", "expected-attention-each-step", schedule=BOTH),
     _case("expected-attention", "expected-attention-even", adaptive=False),
     _case("keydiff", "keydiff-decode-only", schedule="every:2"),
+    _case("keydiff", "keydiff-mean", anchor="mean"),
+    _case("distinct-keys", "distinct-keys-adaptive", adaptive=True),
+    _case("distinct-keys", "distinct-keys-history", history=0.5),
+    _case("laprox", "laprox-summed", gqa="sum_proj", pooled="score"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
     _case("adakv", "adakv-above", schedule="above:15", layout="ragged"),
 ]
