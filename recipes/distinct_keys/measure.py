@@ -106,11 +106,13 @@ def measure(model: Any, name: str, budget: float, made: Sequence[Sample]) -> dic
     if options["method"] != "full":
         options["budget"] = budget
     recipe = kvsieve.recipe(options.pop("method"), **options)
-    right = sum(is_right(model, recipe, task) for task in made)
+    outcomes = [is_right(model, recipe, task) for task in made]
+    right = sum(outcomes)
     return {
         "kind": "distinct_keys", "name": name, "recipe": recipe.to_dict(), "budget": budget,
         "family": made[0].kind, "n": len(made), "right": right, "exact": right / len(made),
         "interval": wilson(right, len(made)), "seed": made[0].seed,
+        "outcomes": "".join("01"[x] for x in outcomes),  # by seed: methods can be paired
         "dtype": "float32", "device": "cpu",
     }  # fmt: skip
 
