@@ -11,24 +11,20 @@ The seeds are those of no training document, and the same for all methods.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import kvsieve
+from kvsieve.bench.intervals import wilson
 from kvsieve.reference import Sample, load, sample
-from kvsieve.reference.loader import folder
+from kvsieve.reference.origin import origin
 from kvsieve.reference.vocabulary import IDS
 
 _FIRST_SEED = 910_000
@@ -78,28 +74,6 @@ def is_right(model: Any, recipe: kvsieve.Recipe, made: Sample) -> bool:
     return True
 
 
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share."""
-    share, spread = right / asked, z * z / asked
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / asked + spread / (4 * asked)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _origin() -> dict[str, Any]:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "commit": found.stdout.strip() or "unknown",
-        "weights": hashlib.sha256((folder() / "model.safetensors").read_bytes()).hexdigest()[:16],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "kvsieve": kvsieve.__version__,
-        },
-    }
-
-
 def measure(model: Any, name: str, budget: float, made: Sequence[Sample]) -> dict[str, Any]:
     """Return the row of one method, budget and set of tasks."""
     options = dict(METHODS[name])
@@ -133,12 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = [(kind, budget) for kind in options.kinds for budget in options.budgets]
     title = f"Right of {options.documents}, documents of {options.length} tokens"
     table = Table("method", *(f"{kind} {budget:.0%}" for kind, budget in cells), title=title)
-    seeds, origin = range(_FIRST_SEED, _FIRST_SEED + options.documents), _origin()
+    seeds, made_by = range(_FIRST_SEED, _FIRST_SEED + options.documents), origin()
     for name in track(options.methods, "methods", console=Console(stderr=True)):
         shown = []
         for kind, budget in cells:
             made = [sample(kind, seed=seed, length=options.length) for seed in seeds]
-            row = measure(model, name, budget, made) | {"length": options.length} | origin
+            row = measure(model, name, budget, made) | {"length": options.length} | made_by
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             shown.append(str(row["right"]))

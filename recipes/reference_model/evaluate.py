@@ -11,24 +11,19 @@ choice given what precedes: exactly then greedy decoding gives it.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import math
-import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import kvsieve
+from kvsieve.bench.intervals import wilson
 from kvsieve.reference import KINDS, Sample, load, sample
-from kvsieve.reference.loader import folder
+from kvsieve.reference.origin import origin
 from kvsieve.reference.vocabulary import IDS
 
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -58,32 +53,6 @@ def is_right(model: Any, made: Sample) -> bool:
     return logits[0, :-1].argmax(-1).tolist() == answer
 
 
-def wilson(right: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share."""
-    share, spread = right / asked, z * z / asked
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / asked + spread / (4 * asked)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
-def _origin() -> dict[str, Any]:
-    return {
-        "commit": _commit(),
-        "weights": hashlib.sha256((folder() / "model.safetensors").read_bytes()).hexdigest()[:16],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "kvsieve": kvsieve.__version__,
-        },
-    }
-
-
 def measure(model: Any, kind: str, length: int, documents: int) -> dict[str, Any]:
     """Return the row of one cell."""
     seeds = range(_FIRST_SEED, _FIRST_SEED + documents)
@@ -107,13 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     model, _ = load()
     table = Table("family", *map(str, options.lengths), title="Exact match (%), full cache")
-    origin = _origin()
+    made_by = origin()
     for kind in track(options.kinds, "families", console=Console(stderr=True)):
         shown = []
         for length in options.lengths:
             if kind == "walk" and length > _LONGEST_WALK:
                 continue
-            row = measure(model, kind, length, options.documents) | origin
+            row = measure(model, kind, length, options.documents) | made_by
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             shown.append(f"{100 * row['exact']:.1f}")

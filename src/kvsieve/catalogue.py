@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,6 @@ from kvsieve.registry import Method, find, methods
 
 SHORT = ("name", "paper", "year", "phase", "scope", "needs")
 FULL = (*SHORT, "layout", "certainty", "oracle", "engines")
-DOCUMENTS = {"README.md": SHORT, "docs/METHODS.md": FULL}
-
-WITH_TABLES = (*DOCUMENTS, "docs/SPEED.md")
 SPEED_ROWS = "benchmarks/speed.jsonl"
 
 
@@ -79,21 +76,36 @@ def refreshed(text: str, name: str, table: str) -> str:
     return marked.sub(lambda found: f"{found[1]}{table}{found[2]}", text)
 
 
-def document(root: Path, name: str) -> str:
-    """Return a checkout's document as it should read, by the registry and the committed rows."""
+def _speed(root: Path, short: bool) -> str:
     from kvsieve.bench import markdown, rows
 
+    found = rows.read(root / SPEED_ROWS)
+    return markdown.short_tables(found) if short else markdown.full_tables(found)
+
+
+DOCUMENTS: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {
+        "methods": lambda root: methods_table(SHORT),
+        "speed": lambda root: _speed(root, short=True),
+    },
+    "docs/METHODS.md": {"methods": lambda root: methods_table(FULL)},
+    "docs/SPEED.md": {"speed": lambda root: _speed(root, short=False)},
+}
+"""The tables of each document, by the names of their markers, made for a checkout."""
+
+
+def document(root: Path, name: str) -> str:
+    """Return a checkout's document as it should read, by the registry and the committed rows."""
     text = (root / name).read_text("utf-8")
-    if name in DOCUMENTS:
-        text = refreshed(text, "methods", methods_table(DOCUMENTS[name]))
-    tables = markdown.short_tables if name == "README.md" else markdown.full_tables
-    return refreshed(text, "speed", tables(rows.read(root / SPEED_ROWS)))
+    for marker, table in DOCUMENTS[name].items():
+        text = refreshed(text, marker, table(root))
+    return text
 
 
 def refresh(root: Path) -> list[Path]:
     """Rewrite the tables of a checkout's documents; return the files that changed."""
     changed = []
-    for name in WITH_TABLES:
+    for name in DOCUMENTS:
         path = root / name
         if path.is_file():
             after = document(root, name)

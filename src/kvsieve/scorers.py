@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvsieve.errors import RecipeError
 from kvsieve.interfaces import ScorerDefaults
-from kvsieve.scoring import Pooling, before_window, pool, window_mean
+from kvsieve.scoring import Pooling, before_window, check_kernel, pool, window_mean
 from kvsieve.step import Step
 from kvsieve.store import Store
 
@@ -27,8 +27,7 @@ class WindowAttention(ScorerDefaults):
     def __post_init__(self) -> None:
         if self.queries < 1:
             raise RecipeError(f"window={self.queries}: the window must hold 1 query or more.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise RecipeError(f"kernel={self.kernel}: the pooling kernel must be odd.")
+        check_kernel(self.kernel)
         if self.pooling not in ("avg", "max", "none"):
             raise RecipeError(f"pooling={self.pooling!r}: possible are 'avg', 'max', 'none'.")
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvsieve.errors import RecipeError
+from kvsieve.packing import pick, put_back, real_first
 from kvsieve.step import Step
 from kvsieve.store import Store
 from kvsieve.store.attend import layer_block, query_blocks
@@ -33,6 +35,16 @@ def before_window(store: Store, window: int) -> Tensor:
     return older if live is None else older & live
 
 
+def check_kernel(kernel: int) -> None:
+    """Refuse pooling kernels that have no middle.
+
+    Raises:
+        RecipeError: an even kernel, or none.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise RecipeError(f"kernel={kernel}: the pooling kernel must be odd.")
+
+
 def pool(scores: Tensor, inside: Tensor, kernel: int, pooling: Pooling) -> Tensor:
     """Smooth non-negative ``scores [B, H, S]`` over neighbouring slots of the part ``inside``.
 
@@ -43,9 +55,10 @@ def pool(scores: Tensor, inside: Tensor, kernel: int, pooling: Pooling) -> Tenso
         return scores
     masked = scores.masked_fill(~inside, 0.0)
     apply = F.avg_pool1d if pooling == "avg" else F.max_pool1d
-    order = _gathered(inside, scores.shape)
-    pooled = apply(masked.gather(-1, order), kernel, stride=1, padding=kernel // 2)
-    return torch.empty_like(pooled).scatter(-1, order, pooled)
+    # Neighbours are real tokens: padding of a later turn, between two of them, is passed over.
+    order = real_first(inside, scores.shape[1])
+    pooled = apply(pick(masked, order), kernel, stride=1, padding=kernel // 2)
+    return put_back(pooled, order)
 
 
 def smooth(scores: Tensor, inside: Tensor, kernel: int) -> Tensor:
@@ -56,20 +69,12 @@ def smooth(scores: Tensor, inside: Tensor, kernel: int) -> Tensor:
     """
     if kernel == 1:
         return scores
-    order = _gathered(inside, scores.shape)
-    masked = scores.masked_fill(~inside, 0.0).gather(-1, order)
-    there = inside.expand(scores.shape).gather(-1, order).float()
+    order = real_first(inside, scores.shape[1])
+    masked = pick(scores.masked_fill(~inside, 0.0), order)
+    there = pick(inside.expand_as(scores), order).float()
     total, share = (F.avg_pool1d(x, kernel, 1, kernel // 2) for x in (masked, there))
     mean = total / share.clamp_min(1 / (2 * kernel))
-    return torch.empty_like(mean).scatter(-1, order, mean)
-
-
-def _gathered(inside: Tensor, shape: torch.Size) -> Tensor:
-    """Return the order that puts the slots ``inside`` first, one beside the other.
-
-    Neighbours are real tokens: padding of a later turn, between two of them, is passed over.
-    """
-    return (~inside).byte().argsort(dim=-1, stable=True).expand(shape)
+    return put_back(mean, order)
 
 
 def rank(scores: Tensor, inside: Tensor) -> Tensor:
@@ -85,14 +90,21 @@ def rank(scores: Tensor, inside: Tensor) -> Tensor:
     return torch.empty_like(scores).scatter(-1, order, (count - place) / count)
 
 
-def standardise(scores: Tensor, inside: Tensor) -> Tensor:
-    """Shift and scale each head of ``scores [B, H, S]`` to mean 0 and deviation 1 ``inside``."""
-    count = inside.sum(-1, keepdim=True).clamp_min(1)
-    mean = scores.masked_fill(~inside, 0.0).sum(-1, keepdim=True) / count
+def standardise(
+    scores: Tensor, inside: Tensor, dim: tuple[int, ...] = (-1,), correction: int = 0
+) -> Tensor:
+    """Shift and scale ``scores [B, H, S]`` to mean 0 and deviation 1 over the slots ``inside``.
+
+    ``dim``: the axes over which they go: the slots of each head, or (1, 2), all of a row;
+    ``correction``: 1 for the deviation of a sample. What comes out elsewhere is meaningless.
+    """
+    inside = inside.expand_as(scores)
+    count = inside.sum(dim, keepdim=True)
+    mean = scores.masked_fill(~inside, 0.0).sum(dim, keepdim=True) / count.clamp_min(1)
     centred = (scores - mean).masked_fill(~inside, 0.0)
-    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    variance = centred.square().sum(dim, keepdim=True) / (count - correction).clamp_min(1)
     # Where all scores are equal, rounding would be blown up to whole deviations.
-    return centred / deviation.clamp_min(1e-6)
+    return centred / variance.sqrt().clamp_min(1e-6)
 
 
 def redundancy(store: Store, threshold: float) -> Tensor:

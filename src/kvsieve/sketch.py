@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvsieve.keys import unrotated_keys
+from kvsieve.scoring import standardise
 from kvsieve.step import Step
 from kvsieve.store import Store
-from kvsieve.store.rope import unrotate
 
 
 def gaussian(rows: int, columns: int, *, seed: int, heads: int = 0) -> Tensor:
@@ -45,21 +46,8 @@ def key_leverage(step: Step, store: Store, inside: Tensor, width: int, seed: int
     Over the slots ``inside [B, 1 or H, S]``; the sketch of ``width`` columns is
     drawn from ``seed``, layer and head.
     """
-    keys = unrotate(store.keys.float(), *step.rotation(store["position"].long()))
+    keys = unrotated_keys(step, store)
     _, H, _, D = keys.shape
     layer_seed = seed * 1_000_003 + step.layer.ordinal
     drawn = gaussian(D, width, seed=layer_seed, heads=H).to(keys.device)
-    return standardise(leverage(keys, inside, drawn), inside)
-
-
-def standardise(scores: Tensor, inside: Tensor) -> Tensor:
-    """Return ``scores [B, H, S]`` with mean 0 and deviation 1 over each row's heads and slots.
-
-    Only slots ``inside [B, 1 or H, S]`` count; what comes out for the others is meaningless.
-    """
-    outside = ~inside.expand_as(scores)
-    count = (~outside).sum((1, 2), keepdim=True)
-    mean = scores.masked_fill(outside, 0.0).sum((1, 2), keepdim=True) / count.clamp_min(1)
-    apart = (scores - mean).masked_fill(outside, 0.0)
-    variance = apart.square().sum((1, 2), keepdim=True) / (count - 1).clamp_min(1)
-    return apart / variance.sqrt().clamp_min(1e-6)
+    return standardise(leverage(keys, inside, drawn), inside, dim=(1, 2), correction=1)

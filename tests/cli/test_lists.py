@@ -8,7 +8,7 @@ import pytest
 
 import kvsieve
 from kvsieve import reference
-from kvsieve.catalogue import FULL, WITH_TABLES, catalogue, document, methods_table, refresh
+from kvsieve.catalogue import DOCUMENTS, FULL, catalogue, document, methods_table, refresh
 from kvsieve.registry import methods
 
 from .support import call, call_json
@@ -88,7 +88,7 @@ def test_a_document_is_refreshed_between_its_markers(tmp_path: Path) -> None:
     assert "old" not in after and refresh(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", WITH_TABLES)
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_documents_are_up_to_date(name: str) -> None:
     text = (ROOT / name).read_text("utf-8")
     assert "<!-- methods -->" in text or "<!-- speed -->" in text

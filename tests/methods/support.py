@@ -20,6 +20,9 @@ from kvsieve.store import Store
 
 Vector = list[float]
 
+FULL = (1.0, 0.3)  # RoPE over all four dimensions
+PARTIAL = (0.7,)  # RoPE over the first two
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
@@ -178,6 +181,16 @@ def softmax(logits: Vector) -> Vector:
 def project(v: Vector, w_o: list[Vector]) -> Vector:
     """Return ``v W_O`` for a matrix of D rows and C columns."""
     return [sum(v[d] * w_o[d][c] for d in range(len(v))) for c in range(len(w_o[0]))]
+
+
+def turned(x: Vector, position: int, angles: tuple[float, ...]) -> Vector:
+    """Apply RoPE at a position (a negative one turns back), rotate-half layout."""
+    out, half = list(x), len(angles)
+    for i, angle in enumerate(angles):
+        c, s = math.cos(position * angle), math.sin(position * angle)
+        out[i] = x[i] * c - x[i + half] * s
+        out[i + half] = x[i + half] * c + x[i] * s
+    return out
 
 
 def neighbours(xs: Vector, i: int, kernel: int) -> Vector:

@@ -12,6 +12,7 @@ from kvsieve.errors import RecipeError
 from kvsieve.sketch import key_leverage
 
 from .support import (
+    FULL,
     Layer,
     Row,
     Run,
@@ -27,7 +28,6 @@ from .support import (
     table,
 )
 
-ANGLES = (1.0, 0.3)
 SINKS, RECENT, CHUNK = 2, 3, 5
 
 
@@ -90,7 +90,7 @@ def leverages(layer: Layer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("blend", [0.0, 0.35, 2.0])
 def test_score_and_kept_set(blend: float) -> None:
-    layer = draw(S=21, padding=(0, 4), angles=ANGLES)
+    layer = draw(S=21, padding=(0, 4), angles=FULL)
     made = recipe(9, blend=blend)
     want = [formula(row, x, blend) for row, x in zip(rows(layer), leverages(layer), strict=True)]
     for row, heads in zip(scores(layer, made), want, strict=True):
@@ -107,7 +107,7 @@ def test_score_and_kept_set(blend: float) -> None:
 
 @pytest.mark.parametrize("cuts", [(1,), (4, 9), (3, 5, 7, 18), (12,), (2, 19)])
 def test_parts_of_a_prompt_give_the_same_column(cuts: tuple[int, ...]) -> None:
-    layer = draw(S=21, padding=(0, 4), angles=ANGLES, seed=1)
+    layer = draw(S=21, padding=(0, 4), angles=FULL, seed=1)
     run = Run(recipe(21), layer.part(0, cuts[0]))
     for start, end in zip(cuts, (*cuts[1:], 21), strict=True):
         run.feed(layer.part(start, end))
@@ -119,7 +119,7 @@ def test_parts_of_a_prompt_give_the_same_column(cuts: tuple[int, ...]) -> None:
 
 
 def test_columns_of_a_chunk_add_up_to_its_queries() -> None:
-    layer = draw(S=19, angles=ANGLES, seed=2)
+    layer = draw(S=19, angles=FULL, seed=2)
     made = recipe(9).scorer
     assert made is not None
     column = table(layer, made)[1]["looked_at"]
@@ -129,7 +129,7 @@ def test_columns_of_a_chunk_add_up_to_its_queries() -> None:
 
 
 def test_decoded_tokens_have_the_mean_and_later_turns_go_on() -> None:
-    layer = draw(S=30, angles=ANGLES, seed=3)
+    layer = draw(S=30, angles=FULL, seed=3)
     run = Run(recipe(12), layer.part(0, 17))
     before = run.store()["looked_at"].clone()
     for t in (17, 18):
@@ -142,7 +142,7 @@ def test_decoded_tokens_have_the_mean_and_later_turns_go_on() -> None:
 
 
 def test_dead_slots_have_no_part() -> None:
-    layer = draw(S=21, padding=(0, 4), angles=ANGLES)
+    layer = draw(S=21, padding=(0, 4), angles=FULL)
     clean = scores(layer, recipe(9))[1]
     for x in (layer.keys, layer.values):
         x[1, :, :4] = float("nan")

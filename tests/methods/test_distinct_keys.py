@@ -16,6 +16,8 @@ from kvsieve.interfaces import Signal
 from kvsieve.methods.distinct_keys import DistinctKeys
 
 from .support import (
+    FULL,
+    PARTIAL,
     Layer,
     Row,
     Run,
@@ -34,24 +36,12 @@ from .support import (
     shared,
     softmax,
     table,
+    turned,
 )
-
-FULL = (1.0, 0.3)  # RoPE over all four dimensions
-PARTIAL = (0.7,)  # RoPE over the first two
 
 
 def recipe(budget: int, **options: object) -> kvsieve.Recipe:
     return kvsieve.recipe("distinct-keys", budget=budget, **{"recent": 0, **options})
-
-
-def turned(x: Vector, position: int, angles: tuple[float, ...]) -> Vector:
-    """Apply RoPE at a position (a negative one turns back), rotate-half layout."""
-    out, half = list(x), len(angles)
-    for i, angle in enumerate(angles):
-        c, s = math.cos(position * angle), math.sin(position * angle)
-        out[i] = x[i] * c - x[i + half] * s
-        out[i + half] = x[i + half] * c + x[i] * s
-    return out
 
 
 def distinct(keys: list[Vector], positions: list[int], angles: tuple[float, ...]) -> Vector:

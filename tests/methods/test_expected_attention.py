@@ -12,6 +12,8 @@ import kvsieve
 from kvsieve.methods.expected_attention import ExpectedAttention
 
 from .support import (
+    FULL,
+    PARTIAL,
     Layer,
     Row,
     Run,
@@ -29,22 +31,16 @@ from .support import (
     shared,
     softmax,
     table,
+    turned,
 )
 
 Matrix = list[Vector]
-FULL = (1.0, 0.3)  # RoPE over all four dimensions
-PARTIAL = (0.7,)  # RoPE over the first two
 
 
 def rotation(position: int, angles: tuple[float, ...], D: int) -> Matrix:
-    """RoPE at one position as a dense matrix, rotate-half layout."""
-    matrix = [[float(i == j) for j in range(D)] for i in range(D)]
-    half = len(angles)
-    for i, angle in enumerate(angles):
-        c, s = math.cos(position * angle), math.sin(position * angle)
-        matrix[i][i], matrix[i][i + half] = c, -s
-        matrix[i + half][i], matrix[i + half][i + half] = s, c
-    return matrix
+    """RoPE at one position as a dense matrix."""
+    identity = [[float(i == j) for j in range(D)] for i in range(D)]
+    return transposed([turned(x, position, angles) for x in identity])
 
 
 def apply(matrix: Matrix, x: Vector) -> Vector:

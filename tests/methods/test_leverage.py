@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cmath
 from dataclasses import replace
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 import kvsieve
 from kvsieve.errors import RecipeError
 from kvsieve.methods.leverage import KeyLeverage
-from kvsieve.sketch import gaussian, leverage, standardise
+from kvsieve.scoring import standardise
+from kvsieve.sketch import gaussian, leverage
 from kvsieve.store.rope import rotate
 
-from .support import Layer, best, draw, kept, rows, scores, table
-
-ANGLES = (1.0, 0.3)
+from .support import FULL, Layer, best, draw, kept, rows, scores, table, turned
 
 
 def recipe(budget: int, **options: object) -> kvsieve.Recipe:
@@ -24,19 +22,14 @@ def recipe(budget: int, **options: object) -> kvsieve.Recipe:
 
 
 def unrotated(layer: Layer) -> list[list[torch.Tensor]]:
-    """Each row's keys ``[n, D]`` per head in fp64, with RoPE undone plane by plane."""
-    out = []
-    for row in rows(layer):
-        heads = []
-        for head in row.k:
-            turned = []
-            for t, (a, b, c, d) in enumerate(head):
-                z = [complex(a, c), complex(b, d)]
-                z = [x * cmath.exp(-1j * t * w) for x, w in zip(z, ANGLES, strict=True)]
-                turned.append([z[0].real, z[1].real, z[0].imag, z[1].imag])
-            heads.append(torch.tensor(turned, dtype=torch.float64))
-        out.append(heads)
-    return out
+    """Each row's keys ``[n, D]`` per head in fp64, with RoPE undone."""
+    return [
+        [
+            torch.tensor([turned(k, -t, FULL) for t, k in enumerate(head)], dtype=torch.float64)
+            for head in row.k
+        ]
+        for row in rows(layer)
+    ]
 
 
 def projection_diagonal(keys: torch.Tensor, sketch: torch.Tensor) -> torch.Tensor:
@@ -48,7 +41,7 @@ def projection_diagonal(keys: torch.Tensor, sketch: torch.Tensor) -> torch.Tenso
 
 @pytest.mark.parametrize("width", [2, 4, 48])
 def test_score_and_kept_set(width: int) -> None:
-    layer = draw(S=16, padding=(0, 5), angles=ANGLES)
+    layer = draw(S=16, padding=(0, 5), angles=FULL)
     drawn = gaussian(4, width, seed=0, heads=2)
     want = []
     for heads in unrotated(layer):
@@ -92,7 +85,7 @@ def test_large_keys_of_low_rank_stay_finite() -> None:
 
 
 def test_rotation_is_undone_wherever_a_token_stands() -> None:
-    layer = draw(B=1, S=14, angles=ANGLES, seed=4)
+    layer = draw(B=1, S=14, angles=FULL, seed=4)
     cos, sin = layer._tables(torch.arange(14)[None])
     moved = replace(layer, keys=rotate(layer.keys, cos[:, None], sin[:, None]))
     flat = replace(layer, angles=(0.0, 0.0))
@@ -101,7 +94,7 @@ def test_rotation_is_undone_wherever_a_token_stands() -> None:
 
 
 def test_dead_slots_have_no_part() -> None:
-    layer = draw(S=16, padding=(0, 5), angles=ANGLES)
+    layer = draw(S=16, padding=(0, 5), angles=FULL)
     clean = scores(layer, recipe(6))[1]
     layer.keys[1, :, :5] = float("nan")
     step, store = table(layer, KeyLeverage())
@@ -111,7 +104,7 @@ def test_dead_slots_have_no_part() -> None:
 
 
 def test_layers_and_seeds_draw_their_own_sketches() -> None:
-    layer = draw(S=16, angles=ANGLES)
+    layer = draw(S=16, angles=FULL)
     first = scores(layer, recipe(6, sketch=2))
     assert first == scores(layer, recipe(6, sketch=2))
     assert first != scores(layer, recipe(6, sketch=2), ordinal=1)
@@ -121,12 +114,13 @@ def test_layers_and_seeds_draw_their_own_sketches() -> None:
 def test_standardised_scores_have_mean_zero_and_deviation_one() -> None:
     given = torch.rand(2, 3, 9) * 7 + 2
     inside = torch.arange(9) >= torch.tensor([[[0]], [[4]]])
-    got = standardise(given, inside)
+    got = standardise(given, inside, dim=(1, 2), correction=1)
     for b, start in ((0, 0), (1, 4)):
         part = got[b, :, start:]
         assert float(part.mean()) == pytest.approx(0, abs=1e-5)
         assert float(part.std()) == pytest.approx(1, abs=1e-5)
-    assert not standardise(torch.ones(1, 1, 5), torch.ones(1, 1, 5, dtype=torch.bool)).any()
+    same, everywhere = torch.ones(1, 1, 5), torch.ones(1, 1, 5, dtype=torch.bool)
+    assert not standardise(same, everywhere, dim=(1, 2), correction=1).any()
 
 
 def test_refuses_an_empty_sketch() -> None:

@@ -17,8 +17,8 @@ from kvsieve.allocators import Pyramid
 from kvsieve.compressors import Evict
 from kvsieve.interfaces import Round
 from kvsieve.methods.kvzip import Reconstruction
-from kvsieve.scoring import projected_l1
-from kvsieve.sketch import leverage, standardise
+from kvsieve.scoring import projected_l1, standardise
+from kvsieve.sketch import leverage
 from kvsieve.step import LayerInfo, Step
 from kvsieve.store import Store
 from kvsieve.store.rope import unrotate
@@ -144,7 +144,9 @@ def test_compactor_with_the_peer_s_sketch(model: str) -> None:
     for layer, want in zip(kvpress_layers(model), tensors["compactor.score"], strict=True):
         assert layer.info.rotary is not None
         keys = unrotate(layer.key, *layer.info.rotary(position[None, None]))
-        lever = standardise(leverage(keys, inside, tensors["compactor.sketch"]), inside)
+        lever = standardise(
+            leverage(keys, inside, tensors["compactor.sketch"]), inside, dim=(1, 2), correction=1
+        )
         got = 0.35 * lever + score(attention, layer)
         assert_near(got[..., 8 : S - 4], want[..., 8 : S - 4])
 

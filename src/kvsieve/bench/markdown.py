@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 from kvsieve.bench.rows import Row
-from kvsieve.bench.table import NOISY, budget_text, latest, method_text, peak_layers
+from kvsieve.bench.table import (
+    budget_text,
+    disturbed,
+    kept_text,
+    latest,
+    method_text,
+    peak_layers,
+)
 
 SHORT = ("full", "snapkv", "keydiff", "adakv", "streaming-llm", "g-kv")
 """The methods of README.md's tables."""
@@ -61,8 +68,7 @@ def _ratio(dtype: str, name: str) -> Callable[[Pair], str]:
         if row is None or row.get(name) is None:
             return ""
         # Steps that something else on the machine disturbed say nothing about the method.
-        steps = row["step_seconds"]
-        return "~" if steps["median"] > NOISY * steps["min"] else f"{row[name]:.2f}"
+        return "~" if disturbed(row) else f"{row[name]:.2f}"
 
     return cell
 
@@ -76,8 +82,7 @@ def _share(name: str) -> Callable[[Pair], str]:
 
 
 def _kept(pair: Pair) -> str:
-    row = next(iter(pair.values()))
-    return f"{row['bytes_kept'] / row['bytes_full']:.1%}"
+    return kept_text(next(iter(pair.values())))
 
 
 def _peak(pair: Pair) -> str:

@@ -129,12 +129,21 @@ def _number(name: str, form: str) -> Callable[[Row, Sequence[Row]], str]:
 
 
 def _rate(row: Row, rows: Sequence[Row]) -> str:
+    return f"{'~' if disturbed(row) else ''}{row['tokens_per_second']:.1f}"
+
+
+def disturbed(row: Row) -> bool:
+    """Return whether something else kept the machine busy while a row was measured."""
     steps = row["step_seconds"]
-    mark = "~" if steps["median"] > NOISY * steps["min"] else ""
-    return f"{mark}{row['tokens_per_second']:.1f}"
+    return steps["median"] > NOISY * steps["min"]
 
 
 def _kept(row: Row, rows: Sequence[Row]) -> str:
+    return kept_text(row)
+
+
+def kept_text(row: Row) -> str:
+    """Return the bytes kept as a share of the stock cache's."""
     return f"{row['bytes_kept'] / row['bytes_full']:.1%}"
 
 

@@ -31,8 +31,8 @@ from kvsieve.interfaces import Column, ScorerDefaults, Signal
 from kvsieve.packing import lay_out, live_slots
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill
-from kvsieve.scoring import before_window, pool
-from kvsieve.sketch import key_leverage, standardise
+from kvsieve.scoring import before_window, pool, standardise
+from kvsieve.sketch import key_leverage
 from kvsieve.step import Step
 from kvsieve.store import Store
 
@@ -113,7 +113,8 @@ class Compactor(ScorerDefaults):
     def score(self, step: Step, store: Store) -> Tensor:
         inside = before_window(store, self.recent) & (store["position"] >= self.sinks)
         weight = store["looked_at"] * store.values.float().norm(dim=-1)
-        attention = standardise(pool(weight, inside, 3, "avg"), inside)
+        pooled = pool(weight, inside, 3, "avg")
+        attention = standardise(pooled, inside, dim=(1, 2), correction=1)
         return self.blend * key_leverage(step, store, inside, self.sketch, self.seed) + attention
 
 

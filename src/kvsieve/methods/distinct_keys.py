@@ -33,9 +33,10 @@ from kvsieve.compose import Recipe
 from kvsieve.errors import RecipeError
 from kvsieve.interfaces import Column, Scope, ScorerDefaults, Signal
 from kvsieve.keys import distinctness, unrotated_keys
+from kvsieve.packing import live_slots
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill, Every
-from kvsieve.scoring import before_window, rank, smooth, standardise
+from kvsieve.scoring import check_kernel, rank, smooth, standardise
 from kvsieve.step import Step
 from kvsieve.store import Store
 
@@ -52,8 +53,7 @@ class DistinctKeys(ScorerDefaults):
     comparable: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise RecipeError(f"kernel={self.kernel}: the pooling kernel must be odd.")
+        check_kernel(self.kernel)
         if not 0 <= self.history < math.inf:
             raise RecipeError(f"history={self.history}: a weight is 0 or more.")
 
@@ -71,7 +71,7 @@ class DistinctKeys(ScorerDefaults):
             store["attention"] = store["attention"] + step.attention_sums(store)
 
     def score(self, step: Step, store: Store) -> Tensor:
-        inside = before_window(store, 0)  # all slots that exist
+        inside = live_slots(store)
         scores = distinctness(unrotated_keys(step, store), store)
         scores = smooth(scores, inside, self.kernel)
         if self.history and not step.prefill:

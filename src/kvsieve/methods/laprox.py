@@ -35,7 +35,7 @@ from kvsieve.errors import RecipeError
 from kvsieve.interfaces import Scope, ScorerDefaults, Signal
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill
-from kvsieve.scoring import before_window, column_norm, pool, projected_norm
+from kvsieve.scoring import before_window, check_kernel, column_norm, pool, projected_norm
 from kvsieve.step import Step
 from kvsieve.store import Store
 
@@ -59,8 +59,7 @@ class LaProx(ScorerDefaults):
             raise RecipeError(f"laprox: gqa={self.gqa!r}; possible: {', '.join(_GROUPINGS)}.")
         if self.pooled not in ("column", "score"):
             raise RecipeError(f"laprox: pooled={self.pooled!r}; possible: column, score.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise RecipeError(f"kernel={self.kernel}: the pooling kernel must be odd.")
+        check_kernel(self.kernel)
 
     @property
     def needs(self) -> frozenset[Signal]:
