@@ -1,4 +1,4 @@
-"""The command line: `kvsieve run | compare | sample | methods | show | bench`."""
+"""The command line: `kvsieve run | compare | sample | methods | show | bench | report | ...`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from kvsieve.cli.bench import bench
 from kvsieve.cli.compare import compare
 from kvsieve.cli.guard import Guarded, ending
 from kvsieve.cli.methods import methods
+from kvsieve.cli.recommend import recommend
+from kvsieve.cli.report import report
 from kvsieve.cli.run import run
 from kvsieve.cli.sample import sample
 from kvsieve.cli.show import show
@@ -24,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, compare, sample, methods, show):
+for command in (run, compare, sample, methods, show, report, recommend):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

@@ -1,0 +1,56 @@
+"""The tables of a report as Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from kvsieve.bench.report import tables
+from kvsieve.bench.report.aggregate import sections
+from kvsieve.bench.report.reading import Results
+from kvsieve.bench.report.tables import Table
+from kvsieve.bench.report.words import SETTINGS
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&$#!])")
+
+
+def render(results: Results) -> str:
+    """Return the tables; equal rows give equal bytes."""
+    return "\n".join(_lines(results)) + "\n"
+
+
+def _lines(results: Results) -> Iterator[str]:
+    yield "# Results"
+    yield ""
+    yield "Made by `kvsieve report DIR --markdown FILE` from measured rows; not edited by hand."
+    yield "Scores are shares of prompts, with intervals; differences are paired, to the full cache."
+    for remark in results.remarks():
+        yield f"\n{escape(remark)}"
+    for section in sections(results.rows):
+        yield f"\n## {escape(tables.heading(section))}\n"
+        meaning = SETTINGS.get(section.head["setting"])
+        yield escape(tables.setup(section)) + (f": {meaning}." if meaning else ".")
+        for panel in section.panels:
+            yield f"\n### {tables.length(panel)}\n" if panel.length is not None else ""
+            yield from _table(tables.points(panel))
+    if results.failed:
+        yield "\n## Failed\n"
+        yield from _table(tables.failed(results.failed))
+    yield "\n## Where the numbers come from\n"
+    yield from _table(tables.origins(results))
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield _line([escape(name) for name in table.columns])
+    yield _line(["---:" if number else "---" for number in table.columns.values()])
+    for row in table.rows:
+        yield _line([escape(cell.text) for cell in row])
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def escape(text: str) -> str:
+    """Return text that Markdown shows as it is."""
+    return _SPECIAL.sub(r"\\\1", text)

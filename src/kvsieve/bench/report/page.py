@@ -1,0 +1,58 @@
+"""The report as one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from kvsieve.bench.report import tables, words
+from kvsieve.bench.report.aggregate import Section, sections
+from kvsieve.bench.report.plots import Style, draw
+from kvsieve.bench.report.reading import Results
+
+
+def render(results: Results) -> str:
+    """Return the page; equal rows give equal bytes."""
+    found = sections(results.rows)
+    labels = sorted({label for section in found for label in section.labels})
+    styles = {label: Style(number) for number, label in enumerate(labels)}
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(_file("page.html")).render(
+        style=Markup(_file("style.css")),
+        script=Markup(_file("script.js")),
+        words=words,
+        sections=[_shown(section, styles, index) for index, section in enumerate(found)],
+        measured=len(results.rows),
+        failed=tables.failed(results.failed),
+        origins=tables.origins(results),
+        remarks=results.remarks(),
+    )
+
+
+def _shown(section: Section, styles: Mapping[str, Style], index: int) -> dict[str, Any]:
+    own = {label: styles[label] for label in section.labels}
+    return {
+        "id": f"s{index}",
+        "heading": tables.heading(section),
+        "setup": tables.setup(section),
+        "meaning": words.SETTINGS.get(section.head["setting"]),
+        "legend": own,
+        "panels": [
+            {
+                "length": tables.length(panel),
+                "plot": Markup(draw(panel, own, f"s{index}-{number}")),
+                "table": tables.points(panel),
+            }
+            for number, panel in enumerate(section.panels)
+        ],
+    }
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__ or "").joinpath(name).read_text("utf-8")

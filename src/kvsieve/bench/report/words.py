@@ -1,0 +1,43 @@
+"""What a newcomer needs to know to read a report."""
+
+from __future__ import annotations
+
+SETTINGS = {
+    "query-aware": "the question is part of the prompt when the prompt is compressed",
+    "query-agnostic": "the document is compressed before the question is known",
+    "decode": "the cache is compressed while the answer is being written",
+}
+
+INTRODUCTION = (
+    "A language model keeps a key and a value of every token it has read: the KV cache. It grows "
+    "with the text until it is larger than the model. The methods below keep a part of it. What "
+    "follows is how well the model still answers, and how many bytes are really left."
+)
+
+READING = (
+    "Each plot has the bytes kept on its horizontal axis (less is to the left) and the score on "
+    "its vertical axis. One line is one method at several budgets; vertical bars are intervals. "
+    "Lines are drawn slightly apart, so that the bars can be seen; the tables have the places. "
+    "The grey band is the full cache on the same prompts, with its interval. A method is good "
+    "where its line stays in the band far to the left."
+)
+
+GLOSSARY = {
+    "KV cache": "Keys and values of the tokens so far, which attention reads for each new token.",
+    "full cache": "Nothing removed. Every comparison is to it, on the same prompts.",
+    "method": "A rule for what to keep; `kvsieve show METHOD` explains one.",
+    "budget": "What was asked to be kept: a number of slots, a share of the tokens, or bytes.",
+    "bytes kept": "Bytes held at the end, read from the storages: what the budget comes to.",
+    "of full": "Bytes kept as a share of what the full cache holds for the same tokens.",
+    "peak": "The most bytes held at any moment, old and new tables of a compaction together.",
+    "score": "Share of prompts answered exactly right, working included, unless the metric says "
+    "otherwise.",
+    "interval": "Where the score would probably lie with many more prompts. Several seeds are "
+    "pooled, each weighted by its prompts, and the distances to the ends added in quadrature.",
+    "difference to full": "Score minus the full cache's, prompt by prompt. Where its interval "
+    "holds 0, these prompts show no loss, which is not to say that there is none.",
+    "prefix": "Share of a long answer before its first wrong step.",
+    "tokens/s": "Tokens written per second of decoding, on the machine named below.",
+    "seed, n": "The number from which prompts are made, and how many prompts there were.",
+    **SETTINGS,
+}
