@@ -45,14 +45,14 @@ def points(panel: Panel) -> Table:
     columns = {
         "method": False,
         "budget": True,
-        "bytes kept": True,
         "of full": True,
-        "peak": True,
         "score [interval]": True,
         "difference to full [interval]": True,
-        "prefix": True,
-        "tokens/s": True,
         "n": True,
+        "bytes kept": True,
+        "peak": True,
+        "tokens/s": True,
+        "prefix": True,
     }
     return _without_empty(Table(columns, rows))
 
@@ -62,14 +62,14 @@ def _point(point: Point) -> list[Cell]:
     return [
         Cell(point.label),
         Cell(point.budget or _NONE, share),
-        _size(aggregate.average(point.rows, "cache", "bytes_kept")),
         Cell(f"{share:.1%}", share),
-        _size(aggregate.average(point.rows, "cache", "bytes_peak")),
         Cell(estimate(aggregate.score(point.rows)), aggregate.score(point.rows).mean),
         Cell(change(aggregate.difference(point.rows)), aggregate.difference(point.rows).mean),
-        _number(aggregate.average(point.rows, "prefix"), ".3f"),
-        _number(aggregate.average(point.rows, "tokens_per_second"), ".1f"),
         _number(sum(row["n"] for row in point.rows), "d"),
+        _size(aggregate.average(point.rows, "cache", "bytes_kept")),
+        _size(aggregate.average(point.rows, "cache", "bytes_peak")),
+        _number(aggregate.average(point.rows, "tokens_per_second"), ".1f"),
+        _number(aggregate.average(point.rows, "prefix"), ".3f"),
     ]
 
 
@@ -79,14 +79,14 @@ def _reference(panel: Panel) -> list[Cell]:
     return [
         Cell("full cache"),
         Cell(_NONE, 1.0),
-        _size(aggregate.average(panel.rows, "cache", "bytes_full")),
         Cell("100.0%", 1.0),
-        Cell(_NONE),
         Cell(estimate(full), full.mean),
         Cell(_NONE),
-        Cell(_NONE),
-        Cell(_NONE),
         _number(sum(seen.values()), "d"),
+        _size(aggregate.average(panel.rows, "cache", "bytes_full")),
+        Cell(_NONE),
+        Cell(_NONE),
+        Cell(_NONE),
     ]
 
 
