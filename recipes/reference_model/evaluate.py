@@ -22,26 +22,15 @@ from rich.progress import track
 from rich.table import Table
 
 from kvsieve.bench.intervals import wilson
-from kvsieve.reference import KINDS, Sample, load, sample
+from kvsieve.reference import KINDS, Sample, load
 from kvsieve.reference.origin import origin
+from kvsieve.reference.sized import sized
 from kvsieve.reference.vocabulary import IDS
 
 LENGTHS = (128, 256, 512, 1024, 2048)
 _FIRST_SEED = 900_000
 _LONGEST_WALK = 1024
 """A walk needs a key a step, so with 128 keys it can't be much longer."""
-
-
-def task(kind: str, seed: int, length: int) -> Sample:
-    """Make the task of a family that comes closest to a length without exceeding it."""
-    if kind not in ("reasoning", "walk"):
-        return sample(kind, seed=seed, length=length)
-    steps = min(length // 9, 220) if kind == "reasoning" else length // 10
-    made = sample(kind, seed=seed, steps=steps)
-    while len(made.prompt.split()) + made.answer_tokens > length:
-        steps -= 1
-        made = sample(kind, seed=seed, steps=steps)
-    return made
 
 
 @torch.no_grad()
@@ -56,7 +45,7 @@ def is_right(model: Any, made: Sample) -> bool:
 def measure(model: Any, kind: str, length: int, documents: int) -> dict[str, Any]:
     """Return the row of one cell."""
     seeds = range(_FIRST_SEED, _FIRST_SEED + documents)
-    right = sum(is_right(model, task(kind, seed, length)) for seed in seeds)
+    right = sum(is_right(model, sized(kind, seed=seed, length=length)) for seed in seeds)
     return {
         "kind": "reference_accuracy", "family": kind, "length": length, "n": documents,
         "right": right, "exact": right / documents, "interval": wilson(right, documents),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from kvsieve.bench.models import SHAPES, Shape
+from kvsieve.bench.spec import parse_option
 from kvsieve.budget import Budget
 from kvsieve.compose import Recipe, recipe
 from kvsieve.errors import RecipeError, choices
@@ -45,7 +45,7 @@ class Spec:
         """
         head, *pairs = text.split(":")
         name, _, own = head.strip().partition("@")
-        options = dict(_pair(pair) for pair in pairs)
+        options = dict(parse_option(pair) for pair in pairs)
         plain = Budget.parse(own or budget).plain()
         spec = cls(method=name, budget=None if name == "full" else plain, options=options)
         spec.recipe()  # refuses what can't be built
@@ -62,16 +62,6 @@ class Spec:
         budget = Budget.parse(self.budget)
         held = int(budget.value) if budget.kind == "slots" else int(context * budget.value + 1e-9)
         return min(context, max(1, held))
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise RecipeError(f"{text!r} is no option. Write method@budget:option=value.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def default_methods(context: int) -> list[str]:

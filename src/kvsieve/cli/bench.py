@@ -10,8 +10,10 @@ from typing import Any
 import typer
 
 from kvsieve.cli import bench_options as g
+from kvsieve.cli.bench_quality import quality
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console
+from kvsieve.cli.sweeps import items
 
 bench = typer.Typer(help="Measure methods on this machine.")
 
@@ -19,6 +21,9 @@ bench = typer.Typer(help="Measure methods on this machine.")
 @bench.callback()
 def root() -> None:
     """Measure methods on this machine."""
+
+
+bench.command()(quality)
 
 
 @bench.command()
@@ -51,8 +56,8 @@ def speed(
     settings = Settings(
         contexts=_numbers(contexts, "--contexts"),
         batches=_numbers(batches, "--batches"),
-        dtypes=tuple(_items(dtypes)),
-        methods=None if methods is None else tuple(_items(methods)),
+        dtypes=tuple(items(dtypes)),
+        methods=None if methods is None else tuple(items(methods)),
         budget=budget,
         device=_device(device),
         threads=_threads(threads),
@@ -106,13 +111,9 @@ def _print(rows: list[Any], json: bool) -> None:
         console().print(render(rows))
 
 
-def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]
-
-
 def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
-        return tuple(int(item) for item in _items(text))
+        return tuple(int(item) for item in items(text))
     except ValueError as error:
         raise BadInput(f"{option} {text!r}: give whole numbers, commas between.") from error
 

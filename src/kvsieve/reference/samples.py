@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 
 from kvsieve.errors import ReferenceModelError, choices
@@ -38,7 +38,8 @@ class Sample:
     """A prompt and the one right answer to it.
 
     For the lookup kinds the prompt is ``document`` followed by ``question``, so that the document
-    can be compressed before the question is known; chains have neither.
+    can be compressed before the question is known; chains have neither. ``instructions``: those of
+    the document in their order, with what they name; ``forbidden``: words that must not be told.
     """
 
     kind: str
@@ -47,6 +48,8 @@ class Sample:
     answer: str
     document: str | None = None
     question: str | None = None
+    instructions: Mapping[str, str] = field(default_factory=dict)
+    forbidden: tuple[str, ...] = ()
 
     @property
     def answer_tokens(self) -> int:
@@ -55,7 +58,12 @@ class Sample:
 
     def grade(self, text: str) -> bool:
         """Return whether a text is exactly the answer; space and end marks don't count."""
-        return [word for word in text.split() if word not in _MARKS] == self.answer.split()
+        return self.words(text) == self.answer.split()
+
+    @staticmethod
+    def words(text: str) -> list[str]:
+        """Return a text's words without start, end and padding marks."""
+        return [word for word in text.split() if word not in _MARKS]
 
 
 def sample(
@@ -117,7 +125,16 @@ def _lookup(rng: random.Random, kind: str, seed: int, length: int) -> Sample:
     document = _wrapped(made.document)
     question = " ".join(tasks_lookup.question(key))
     answer = " ".join(made.answer(key))
-    return Sample(kind, seed, f"{document}\n{question}\n", answer, document, question)
+    return Sample(
+        kind,
+        seed,
+        f"{document}\n{question}\n",
+        answer,
+        document,
+        question,
+        instructions=dict(made.instructions),
+        forbidden=tuple(made.values[key]) if kind == "secret" else (),
+    )
 
 
 def _asked_key(rng: random.Random, kind: str, made: tasks_lookup.Lookup) -> str:

@@ -34,7 +34,7 @@ def _lines(results: Results) -> Iterator[str]:
             yield f"\n### {tables.length(panel)}\n" if panel.length is not None else ""
             yield from _table(tables.points(panel))
     if results.failed:
-        yield "\n## Failed\n"
+        yield "\n## Refused or failed\n"
         yield from _table(tables.failed(results.failed))
     yield "\n## Where the numbers come from\n"
     yield from _table(tables.origins(results))

@@ -1,0 +1,85 @@
+"""Rows of a quality sweep: what they are of, and how they are read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvsieve.bench import rows
+from kvsieve.bench.quality.plan import Asked, Plan
+from kvsieve.bench.rows import Row
+from kvsieve.errors import RecipeError
+from kvsieve.reference.loader import folder
+from kvsieve.reference.samples import VERSION as TASK_VERSION
+
+KIND, VERSION = "quality", 1
+FILE = "quality.jsonl"
+
+IDENTITY = (
+    *("kind", "version", "engine", "model", "weights", "task", "task_version", "setting"),
+    *("length", "method", "budget", "recipe", "seed", "n", "batch", "device", "dtype", "threads"),
+    *("versions", "commit"),
+)
+
+
+def identity(plan: Plan, task: str, setting: str, asked: Asked) -> Row:
+    """Return what a row is of; rows that agree in all of it are the same measurement."""
+    return {
+        "kind": KIND, "version": VERSION, "engine": "transformers", **origin(),
+        "task": task, "task_version": TASK_VERSION, "setting": setting, "length": plan.length,
+        "method": asked.method, "budget": asked.budget,
+        "recipe": asked.plain(setting, plan.length),
+        "seed": plan.seed, "n": plan.n, "batch": plan.batch,
+    }  # fmt: skip
+
+
+def origin() -> Row:
+    """Return where rows of the reference model come from."""
+    return {
+        "model": "reference", "weights": weights(), "device": "cpu", "dtype": "float32",
+        "threads": torch.get_num_threads(), "versions": rows.versions(), "commit": rows.commit(),
+    }  # fmt: skip
+
+
+@cache
+def weights() -> str:
+    """Return a hash of the reference model's weights."""
+    return hashlib.sha256((folder() / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def key(row: Row, names: tuple[str, ...] = IDENTITY) -> str:
+    """Return a row's identity as text."""
+    return json.dumps([row[name] for name in names], sort_keys=True)
+
+
+def read(path: Path, kind: str = KIND, version: int = VERSION) -> list[Row]:
+    """Return a file's rows; a line that a killed run left unfinished is skipped.
+
+    Raises:
+        RecipeError: rows of another kind or version, or a file that is none of ours.
+    """
+    found: list[Row] = []
+    lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        row: Any = _parsed(line)
+        if row is None:
+            continue
+        if not isinstance(row, dict) or (row.get("kind"), row.get("version")) != (kind, version):
+            raise RecipeError(
+                f"{str(path)!r}, line {number}, is no row of kind {kind!r}, version {version}. "
+                "Rows of several versions must not be mixed: measure into a new folder."
+            )
+        found.append(row)
+    return found
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None

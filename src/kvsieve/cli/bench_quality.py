@@ -1,0 +1,131 @@
+"""`kvsieve bench quality`: how often each method still answers right at each budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as jsonlib
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvsieve.cli import sweeps as s
+from kvsieve.cli.guard import BadInput
+from kvsieve.cli.output import console, table
+from kvsieve.cli.progress import prompts_bar
+from kvsieve.cli.sweeps import Row
+
+if TYPE_CHECKING:
+    from kvsieve.bench.quality.plan import Plan
+
+_GRID = "Grid"
+QUICK = {"tasks": ("retrieval", "instructions", "reasoning"), "length": 512, "n": 8}
+
+
+def quality(
+    methods: s.Methods = "all",
+    budgets: s.Budgets = "5%,10%,25%,50%",
+    tasks: Annotated[
+        str, typer.Option(help="Kinds of `kvsieve sample`, or all.", rich_help_panel=_GRID)
+    ] = "all",
+    settings: Annotated[
+        str,
+        typer.Option(
+            help="query-aware, query-agnostic (chains: decode), or all.", rich_help_panel=_GRID
+        ),
+    ] = "all",
+    length: s.Length = 1024,
+    n: s.Number = 20,
+    seed: s.Seed = 0,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Three tasks of 512 tokens, 8 prompts each: a first look."),
+    ] = False,
+    batch: s.Batch = 10,
+    threads: s.Threads = None,
+    out: s.Out = None,
+    json: s.Json = False,
+) -> None:
+    """Answer the reference model's tasks under every method and budget, next to the full cache.
+
+    Rows go to OUT/quality.jsonl; `kvsieve report OUT` makes a page of them. Exit code 1 if a cell
+    failed; its row says why. Recipes that kvsieve refuses, such as a budget below what a method
+    protects, are listed apart.
+    """
+    s.set_threads(threads)
+    from kvsieve.bench.quality import rows as q
+    from kvsieve.bench.quality.plan import SETTINGS, TASKS, Plan
+
+    plan = Plan(
+        methods=s.named_methods(methods),
+        budgets=tuple(s.items(budgets)),
+        tasks=TASKS if tasks == "all" else tuple(s.items(tasks)),
+        settings=SETTINGS if settings == "all" else tuple(s.items(settings)),
+        length=length,
+        n=n,
+        seed=seed,
+        batch=batch,
+    )
+    if quick:
+        if (tasks, length, n) != ("all", 1024, 20):
+            raise BadInput("--quick sets --tasks, --length and --n: leave them out.")
+        plan = dataclasses.replace(plan, **QUICK)  # type: ignore[arg-type]
+    path = s.rows_file(out, q.FILE)
+    known = {q.key(row): row for row in (q.read(path) if path else []) if s.finished(row)}
+    for row in _measured(plan, known):
+        if path:
+            s.append(path, row)
+        if json:
+            typer.echo(jsonlib.dumps(row))
+        known[q.key(row)] = row
+    wanted = [q.key(q.identity(plan, *cell, a)) for cell in plan.cells() for a in plan.asked()]
+    found = [known[name] for name in wanted]
+    if not json:
+        for _, group in groupby(found, lambda row: (row["task"], row["setting"])):
+            _print(list(group))
+    s.tell(found, lambda row: f"{row['task']} {row['setting']}, {row['method']} {row['budget']}")
+
+
+def _measured(plan: Plan, known: dict[str, Row]) -> Iterator[Row]:
+    """Measure what isn't known yet, under a bar."""
+    from kvsieve.bench.quality import rows as q
+    from kvsieve.bench.quality.sweep import measure
+    from kvsieve.reference import load
+
+    cells = [(cell, asked) for cell in plan.cells() for asked in plan.asked()]
+    left = sum(q.key(q.identity(plan, *cell, asked)) not in known for cell, asked in cells)
+    if not left:
+        return
+    with prompts_bar(left * plan.n) as bar:
+        model, tokenizer = load()
+        for number, row in enumerate(measure(plan, model, tokenizer, set(known), bar.step), 1):
+            bar.reached(number * plan.n)
+            yield row
+
+
+def _print(group: list[Row]) -> None:
+    first = group[0]
+    budgets = list(dict.fromkeys(row["budget"] for row in group if row["budget"] is not None))
+    made = table("method", "full", *budgets, right=("full", *budgets), whole=("method",))
+    for _, same in groupby(group, lambda row: (row["method"], _options(row))):
+        scores = {row["budget"]: row for row in same}
+        first_of = next(iter(scores.values()))
+        cells = [_score(scores[b]) if b in scores else "" for b in (None, *budgets)]
+        made.add_row(" ".join([first_of["method"], _options(first_of)]).strip(), *cells)
+    out = console()
+    length, n = first["length"], first["n"]
+    out.print(f"\n{first['task']}, {first['setting']}: exact, {n} prompts of {length} tokens")
+    out.print(made)
+
+
+def _options(row: Row) -> str:
+    """Return the options that were asked for, as in ``METHOD:OPTION=VALUE``."""
+    common = {"method", "budget", *(("schedule", "recent") if row["setting"] == "decode" else ())}
+    return " ".join(f"{k}={v}" for k, v in row["recipe"].items() if k not in common)
+
+
+def _score(row: Row) -> str:
+    if row["error"] is not None:
+        return "refused" if row["refused"] else "failed"
+    return f"{row['score']:.2f} ({row['low']:.2f}-{row['high']:.2f})"
