@@ -6,6 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class Recipe:
 
     ``sinks``: first tokens of each row that stay; ``recent``: last tokens that stay, a number or
     (as a float) a share of the budget; ``protect``: spans ``(start, end)`` of token indices that
-    stay, e.g. a system prompt. Protected slots count against the budget. A recipe without a scorer
+    stay, e.g. a system prompt. Protected slots count against the budget. ``fair``: spans that lose
+    the same share of their tokens as the rest (see ``kvsieve.fairness``). A recipe without a scorer
     never compresses.
     """
 
@@ -39,6 +41,7 @@ class Recipe:
     sinks: int = 0
     recent: int | float = 0
     protect: tuple[tuple[int, int], ...] = ()
+    fair: tuple[tuple[int, int], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,13 +51,27 @@ class Recipe:
             )
         if self.sinks < 0 or self.recent < 0:
             raise RecipeError("sinks and recent count protected tokens: they can't be negative.")
-        for span in self.protect:
-            if len(span) != 2 or not 0 <= span[0] < span[1]:
-                raise RecipeError(
-                    f"protect has {span!r}: give spans (start, end) of token indices, start < end."
-                )
+        for name, spans in (("protect", self.protect), ("fair", self.fair)):
+            for span in spans:
+                if len(span) != 2 or not 0 <= span[0] < span[1]:
+                    raise RecipeError(
+                        f"{name} has {span!r}: give spans (start, end) of token indices, "
+                        "start < end."
+                    )
+        self._check_fair()
         if self.budget is not None and self.budget.kind == "slots":
             self.check_room(int(self.budget.value))
+
+    def _check_fair(self) -> None:
+        ordered = sorted(self.fair)
+        if any(end > start for (_, end), (start, _) in pairwise(ordered)):
+            raise RecipeError(f"fair has spans that overlap: {ordered}.")
+        if self.fair and not isinstance(self.compressor, Evict):
+            raise RecipeError(
+                f"{self.method!r} decides by more than each slot's own score which slots stay, so "
+                "that spans can't be given equal shares (option fair). Use protect, or a method "
+                "that keeps each head's best slots."
+            )
 
     @property
     def compresses(self) -> bool:
@@ -133,7 +150,7 @@ class Recipe:
             raise RecipeError(f"Can't read the recipe {str(path)!r}: {error}") from error
 
 
-COMMON = ("schedule", "layout", "sinks", "recent", "protect")
+COMMON = ("schedule", "layout", "sinks", "recent", "protect", "fair")
 
 
 def recipe(
@@ -145,7 +162,7 @@ def recipe(
         name: a method of ``kvsieve methods``.
         budget: slots per head (int), fraction kept (float or "10%") or bytes ("2GiB").
         options: the method's own options, and for every method ``schedule``, ``layout``,
-            ``sinks``, ``recent``, ``protect``.
+            ``sinks``, ``recent``, ``protect``, ``fair``.
 
     Raises:
         UnknownMethod: no such method (with near matches).
@@ -180,8 +197,9 @@ def _finish(
 ) -> Recipe:
     if "schedule" in common:
         common["schedule"] = parse_schedule(common["schedule"])
-    if "protect" in common:
-        common["protect"] = _spans(common["protect"])
+    for name in ("protect", "fair"):
+        if name in common:
+            common[name] = _spans(name, common[name])
     layout = common.pop("layout", built.layout)
     finished = dataclasses.replace(built, budget=budget, layout=layout, options=options, **common)
     uneven = isinstance(finished.allocator, TopK)
@@ -193,10 +211,10 @@ def _finish(
     return finished
 
 
-def _spans(given: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
+def _spans(name: str, given: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     try:
         return tuple((int(start), int(end)) for start, end in given)
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            f"protect={given!r}: give a list of spans (start, end) of token indices."
+            f"{name}={given!r}: give a list of spans (start, end) of token indices."
         ) from error

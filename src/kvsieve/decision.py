@@ -8,6 +8,7 @@ from torch import Tensor
 from kvsieve.budget import Geometry
 from kvsieve.compose import Recipe
 from kvsieve.errors import RecipeError
+from kvsieve.fairness import fair_scores
 from kvsieve.forward import Forward, LayerState, Pending
 from kvsieve.interfaces import Occasion, Round
 from kvsieve.store import Store
@@ -130,6 +131,9 @@ class Decision:
         changed = []
         for pending, store, score, count in zip(waiting, stores, scores, counts, strict=True):
             if bool((count < store.counts).any()):
+                if self.recipe.fair:
+                    place, seen = store["position"], store.seen
+                    score = fair_scores(score, place, seen, count, self.recipe.fair)
                 self.recipe.compressor.compress(pending.step, store, score, count)
                 changed.append(self.layers[pending.ordinal])
         return changed

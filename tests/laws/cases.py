@@ -42,7 +42,7 @@ class Case:
 
     @property
     def _own(self) -> dict[str, Any]:
-        return {k: v for k, v in self.options.items() if k not in ("schedule", "layout")}
+        return {k: v for k, v in self.options.items() if k not in ("schedule", "layout", "fair")}
 
     @property
     def chunk_invariant(self) -> bool:
@@ -61,6 +61,9 @@ def _case(method: str, name: str | None = None, **options: Any) -> Case:
 BOTH = "after-prefill|each-step"
 CASES = [
     *(_case(name) for name in registry.methods()),
+    _case("keydiff", "keydiff-fair", fair=((2, 9), (20, 26))),
+    _case("snapkv", "snapkv-fair-each-step", fair=((0, 12),), schedule=BOTH),
+    _case("adakv", "adakv-fair", fair=((3, 15),)),
     _case("adakv", "adakv-h2o", scorer="h2o"),
     _case("adakv", "adakv-keydiff", scorer="keydiff"),
     _case("adakv", "adakv-g-kv", scorer="g-kv"),

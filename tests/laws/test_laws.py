@@ -177,7 +177,7 @@ def test_ties_are_counted_exactly_and_go_to_the_earlier_slot(case: Case) -> None
     recipe = dataclasses.replace(recipe, scorer=Tied(recipe.scorer))
     trace = forced_run(tiny("llama"), recipe)
     check_counts(recipe, trace, torch.full((3,), BUDGET))
-    if recipe.scope is not Scope.HEAD or not isinstance(recipe.compressor, Evict):
+    if recipe.scope is not Scope.HEAD or not isinstance(recipe.compressor, Evict) or recipe.fair:
         return
     recent = recipe.recent_slots(BUDGET)
     for layer in trace.held[0]:
@@ -574,6 +574,6 @@ class Idle:
 
 @each_compressing
 def test_the_report_raises_when_nothing_was_removed(case: Case) -> None:
-    recipe = dataclasses.replace(case.recipe(), compressor=Idle())
+    recipe = dataclasses.replace(case.recipe(), compressor=Idle(), fair=())
     with pytest.raises(EngineError, match="no slot was removed"):
         forced_run(tiny("llama"), recipe)

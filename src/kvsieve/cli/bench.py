@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from kvsieve.cli import bench_options as g
+from kvsieve.cli.bench_audit import audit
 from kvsieve.cli.bench_quality import quality
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console
@@ -24,6 +25,7 @@ def root() -> None:
 
 
 bench.command()(quality)
+bench.command()(audit)
 
 
 @bench.command()

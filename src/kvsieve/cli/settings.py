@@ -64,7 +64,7 @@ def typed(method: str, pairs: dict[str, str]) -> dict[str, Any]:
 def _value(method: str, key: str, text: str, default: Any) -> Any:
     readers = {bool: ("true or false", _boolean), int: ("a whole number", int)}
     readers |= {float: ("a number", _number), tuple: ("whole numbers such as 1,2", _numbers)}
-    if key == "protect":
+    if key in ("protect", "fair"):
         return spans(text.split(","))
     if type(default) not in readers:
         return text

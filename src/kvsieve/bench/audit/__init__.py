@@ -1,0 +1,1 @@
+"""What compression breaks: instructions that are forgotten, secrets that are told."""
