@@ -14,7 +14,10 @@ from kvsieve.cli.output import size
 
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder that `kvsieve bench quality` wrote.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A folder that `kvsieve bench quality` or `bench audit` wrote."
+        ),
     ],
     output: Annotated[
         Path | None,
@@ -31,14 +34,16 @@ def report(
         raise BadInput(f"-o and --markdown both name {str(output)!r}.")
     if output is not None:
         _need_matplotlib()
+    from kvsieve.bench.report import audits
     from kvsieve.bench.report.reading import read
 
-    results = read(folder)
+    audit = audits.read(folder)
+    results = read(folder, optional=bool(audit))
     for remark in results.remarks():
         typer.echo(remark, err=True)
     for path, kind in ((output, "page"), (markdown, "markdown")):
         if path is not None:
-            made = import_module(f"kvsieve.bench.report.{kind}").render(results)
+            made = import_module(f"kvsieve.bench.report.{kind}").render(results, audit)
             _write(path, made.encode())
 
 

@@ -39,6 +39,15 @@ def right_prefix(made: Sample, text: str) -> float:
     return 1.0
 
 
+def depth(made: Sample) -> float | None:
+    """Return where the entry that answers a retrieval stands, from 0 (start) to 1; else None."""
+    if made.kind != "retrieval" or made.document is None:
+        return None
+    words, entry = made.document.split(), [*made.answer.split(), ";"]
+    places = [i for i in range(len(words)) if words[i : i + len(entry)] == entry]
+    return places[0] / len(words)
+
+
 def _core(made: Sample, text: str) -> list[str]:
     """Return the answer without the words that it should begin and end with."""
     words, said = made.words(text), made.instructions

@@ -14,7 +14,7 @@ from kvsieve.bench.intervals import paired_difference, share
 from kvsieve.compose import Recipe
 from kvsieve.engines.transformers import Cache
 from kvsieve.reference import Sample
-from kvsieve.reference.grading import followed, leaked, right_prefix
+from kvsieve.reference.grading import depth, followed, leaked, right_prefix
 from kvsieve.report import Report
 
 AfterDocument = Callable[[Cache, Sequence[Sample]], None]
@@ -50,6 +50,7 @@ class Answers:
             **self.score(),
             "prefix": fmean(right_prefix(made, text) for made, text in self.pairs()),
             "details": self.details(),
+            "depth": [place for place in map(depth, self.samples) if place is not None],
             "full": full.score(),
             "difference": paired_difference(self.right, full.right),
             "cache": {name: self._per_prompt(lambda r, n=name: getattr(r, n)) for name in sizes},

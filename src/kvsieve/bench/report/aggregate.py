@@ -120,6 +120,21 @@ class Section:
         return sorted({point.label for point in points if point.method != FULL})
 
 
+def front(panel: Panel) -> list[Point]:
+    """Return the points that no other beats: none has as good a score with fewer bytes, or a
+    better one with as many. In the order of bytes.
+    """
+    known = [(share(p.rows), score(p.rows).mean, p) for p in panel.points]
+    best = [
+        (own_share, point)
+        for own_share, own, point in known
+        if not any(
+            (s < own_share and m >= own) or (s <= own_share and m > own) for s, m, _ in known
+        )
+    ]
+    return [point for _, point in sorted(best, key=lambda pair: pair[0])]
+
+
 def sections(rows: Sequence[Row]) -> list[Section]:
     """Return what the page shows, in the order of names and sizes."""
     names = labels(rows)

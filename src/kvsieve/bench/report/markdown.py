@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from kvsieve.bench.report import tables
+from kvsieve.bench.report import audits, depths, summary, tables
 from kvsieve.bench.report.aggregate import sections
 from kvsieve.bench.report.reading import Results
 from kvsieve.bench.report.tables import Table
@@ -14,18 +14,41 @@ from kvsieve.bench.report.words import SETTINGS
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&$#!])")
 
 
-def render(results: Results) -> str:
+def render(results: Results, audit: Sequence[audits.Row] = ()) -> str:
     """Return the tables; equal rows give equal bytes."""
-    return "\n".join(_lines(results)) + "\n"
+    return "\n".join(_lines(results, audit)) + "\n"
 
 
-def _lines(results: Results) -> Iterator[str]:
+def overview(results: Results, audit: Sequence[audits.Row] = ()) -> str:
+    """Return what fits a document: scores by budget, the best methods, depths, the audit."""
+    return "\n".join(_overview(results, audit)) + "\n"
+
+
+def _overview(results: Results, audit: Sequence[audits.Row]) -> Iterator[str]:
+    found = sections(results.rows)
+    for matrix in summary.matrices(found):
+        yield f"\n### {escape(matrix.name)}\n"
+        yield from _table(matrix.table)
+    if found:
+        yield "\n### The best of each\n"
+        yield from _table(summary.winners(found))
+    for name, table in depths.by_depth(found):
+        yield f"\n### By depth: {escape(name)}\n"
+        yield from _table(table)
+    if audit:
+        yield "\n### Audit\n"
+        yield from _table(audits.table(audit))
+
+
+def _lines(results: Results, audit: Sequence[audits.Row]) -> Iterator[str]:
     yield "# Results"
     yield ""
     yield "Made by `kvsieve report DIR --markdown FILE` from measured rows; not edited by hand."
     yield "Scores are shares of prompts, with intervals; differences are paired, to the full cache."
     for remark in results.remarks():
         yield f"\n{escape(remark)}"
+    yield "\n## Overview"
+    yield from _overview(results, audit)
     for section in sections(results.rows):
         yield f"\n## {escape(tables.heading(section))}\n"
         meaning = SETTINGS.get(section.head["setting"])

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvsieve.bench.report import tables, words
+from kvsieve.bench.report import audits, depths, summary, tables, words
 from kvsieve.bench.report.aggregate import Section, sections
 from kvsieve.bench.report.plots import Style, draw
 from kvsieve.bench.report.reading import Results
 
 
-def render(results: Results) -> str:
-    """Return the page; equal rows give equal bytes."""
+def render(results: Results, audit: Sequence[audits.Row] = ()) -> str:
+    """Return the page of quality rows and audit rows; equal rows give equal bytes."""
     found = sections(results.rows)
     labels = sorted({label for section in found for label in section.labels})
     styles = {label: Style(number) for number, label in enumerate(labels)}
@@ -28,6 +28,10 @@ def render(results: Results) -> str:
         script=Markup(_file("script.js")),
         words=words,
         sections=[_shown(section, styles, index) for index, section in enumerate(found)],
+        matrices=summary.matrices(found),
+        winners=summary.winners(found),
+        depths=depths.by_depth(found),
+        audit=audits.table(audit) if audit else None,
         measured=len(results.rows),
         failed=tables.failed(results.failed),
         origins=tables.origins(results),

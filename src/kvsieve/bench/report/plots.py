@@ -83,6 +83,7 @@ def draw(panel: Panel, styles: Mapping[str, Style], name: str) -> str:
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot()
         _frame(axes, panel)
+        _front(axes, panel)
         for place, (label, style) in enumerate(styles.items()):
             aside = 1 + _ASIDE * (place - (len(styles) - 1) / 2)
             _line(axes, panel, label, style, aside)
@@ -110,6 +111,17 @@ def _frame(axes: Any, panel: Panel) -> None:
     axes.patch.set_visible(False)
     axes.figure.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _front(axes: Any, panel: Panel) -> None:
+    """Draw the best that any method reaches with so many bytes, as a step line behind all."""
+    best = aggregate.front(panel)
+    places = [aggregate.share(point.rows) for point in best]
+    scores = [aggregate.score(point.rows).mean for point in best]
+    drawn = axes.plot(
+        places, scores, drawstyle="steps-post", color=_TEXT, alpha=0.25, linewidth=5, zorder=0
+    )
+    drawn[0].set_gid("front")
 
 
 def _line(axes: Any, panel: Panel, label: str, style: Style, aside: float) -> None:

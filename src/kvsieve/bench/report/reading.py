@@ -55,13 +55,17 @@ def cell(row: Row) -> str:
     return as_text([row[name] for name in (*_CELL, "seed")])
 
 
-def read(folder: Path) -> Results:
+def read(folder: Path, optional: bool = False) -> Results:
     """Return the rows of a folder, in an order that doesn't depend on when they were measured.
+
+    ``optional``: a folder without such rows gives none.
 
     Raises:
         ResultsError: no such folder, no rows, or a row that can't be used.
     """
     path = folder / FILE
+    if optional and not path.exists():
+        return Results((), (), 0)
     lines = _lines(folder, path)
     latest: dict[str, Row] = {}
     unfinished = 0

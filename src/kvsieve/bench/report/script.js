@@ -26,3 +26,10 @@ for (const button of document.querySelectorAll("button.series")) {
     for (const part of button.closest("section").querySelectorAll(parts)) part.style.display = hide ? "none" : "";
   });
 }
+for (const tab of document.querySelectorAll("button.tab")) {
+  tab.addEventListener("click", () => {
+    const section = tab.closest("section");
+    for (const other of section.querySelectorAll("button.tab")) other.setAttribute("aria-pressed", String(other === tab));
+    for (const panel of section.querySelectorAll(".panel")) panel.hidden = panel.id !== tab.dataset.tab;
+  });
+}

@@ -39,13 +39,15 @@ class Table:
 
 def points(panel: Panel) -> Table:
     """Return the points of a plot; the full cache comes first."""
-    rows = [_point(point) for point in panel.points]
+    best = aggregate.front(panel)
+    rows = [_point(point, best) for point in panel.points]
     if all(point.method != FULL for point in panel.points):
         rows.insert(0, _reference(panel))
     columns = {
         "method": False,
         "budget": True,
         "of full": True,
+        "front": False,
         "score [interval]": True,
         "difference to full [interval]": True,
         "n": True,
@@ -57,12 +59,13 @@ def points(panel: Panel) -> Table:
     return _without_empty(Table(columns, rows))
 
 
-def _point(point: Point) -> list[Cell]:
+def _point(point: Point, best: Sequence[Point]) -> list[Cell]:
     share = aggregate.share(point.rows)
     return [
         Cell(point.label),
         Cell(point.budget or _NONE, share),
         Cell(f"{share:.1%}", share),
+        Cell("●" if point in best else _NONE),
         Cell(estimate(aggregate.score(point.rows)), aggregate.score(point.rows).mean),
         Cell(change(aggregate.difference(point.rows)), aggregate.difference(point.rows).mean),
         _number(sum(row["n"] for row in point.rows), "d"),
@@ -80,6 +83,7 @@ def _reference(panel: Panel) -> list[Cell]:
         Cell("full cache"),
         Cell(_NONE, 1.0),
         Cell("100.0%", 1.0),
+        Cell(_NONE),
         Cell(estimate(full), full.mean),
         Cell(_NONE),
         _number(sum(seen.values()), "d"),

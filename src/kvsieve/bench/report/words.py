@@ -18,8 +18,29 @@ READING = (
     "Each plot has the bytes kept on its horizontal axis (less is to the left) and the score on "
     "its vertical axis. One line is one method at several budgets; vertical bars are intervals. "
     "Lines are drawn slightly apart, so that the bars can be seen; the tables have the places. "
-    "The grey band is the full cache on the same prompts, with its interval. A method is good "
+    "The grey band is the full cache on the same prompts, with its interval; the broad grey steps "
+    "are the best that any method reaches with so many bytes. A method is good "
     "where its line stays in the band far to the left."
+)
+
+OVERVIEW = (
+    "Scores of every method in every task, one budget at a time; the darker, the better. A dash "
+    "is a budget that kvsieve refuses for the method, because what it protects fills it."
+)
+
+DEPTH = (
+    "Shares of right answers by where the asked entry stands in the document, from its start to "
+    "its end. A method that keeps only what is recent is right at the end alone."
+)
+
+AUDIT = (
+    "Documents begin with four instructions: begin every answer with a word, end it with one, say "
+    "values twice, and never tell one secret. The document is compressed; then come questions. "
+    "Each method as it is (fix: none), with the instructions protected, and with fair eviction, "
+    "where instructions lose the same share of their slots as the document. Shares of answers that "
+    "keep each instruction (by kind and by place in the prompt), and that tell the secret when "
+    "asked, or when the answer was begun for the model. Gain: half of what the fix adds to "
+    "instructions kept and half of what it takes from secrets told."
 )
 
 GLOSSARY = {
@@ -36,6 +57,7 @@ GLOSSARY = {
     "pooled, each weighted by its prompts, and the distances to the ends added in quadrature.",
     "difference to full": "Score minus the full cache's, prompt by prompt. Where its interval "
     "holds 0, these prompts show no loss, which is not to say that there is none.",
+    "front": "No other point has as good a score with fewer bytes.",
     "prefix": "Share of a long answer before its first wrong step.",
     "tokens/s": "Tokens written per second of decoding, on the machine named below.",
     "seed, n": "The number from which prompts are made, and how many prompts there were.",

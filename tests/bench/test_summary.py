@@ -1,0 +1,124 @@
+"""What a report says at a glance: the front, the best of each, the matrix, depths, the audit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kvsieve.bench.report import audits, depths, summary
+from kvsieve.bench.report.aggregate import front, sections
+from kvsieve.bench.report.check import ResultsError
+from kvsieve.cli import app
+
+from .test_report import row
+
+
+def scored(method: str, kept: int, score: float, **changes: Any) -> dict[str, Any]:
+    right = [1] * round(10 * score) + [0] * round(10 - 10 * score)
+    changes = {"low": max(0.0, score - 0.1), "high": min(1.0, score + 0.1), **changes}
+    difference = {"mean": score - 0.9, "low": score - 1.0, "high": score - 0.8}
+    found = row(method, kept=kept, score=score, right=right, difference=difference)
+    return found | changes
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    rows = [
+        scored("full", 1000, 0.9, budget=None),
+        scored("snapkv", 100, 0.5),
+        scored("knorm", 100, 0.4),  # as many bytes, a lower score
+        scored("h2o", 120, 0.5),  # the same score with more bytes
+        scored("tova", 250, 0.8, budget="25%"),
+        scored("random", 500, 0.7, budget="50%"),
+    ]
+    (section,) = sections(rows)
+    best = [(p.label, p.budget) for p in front(section.panels[0])]
+    assert best == [("snapkv", "10%"), ("tova", "25%"), ("full", None)]
+
+
+def test_the_best_of_each_are_ranked_by_score_then_bytes() -> None:
+    rows = [
+        scored("snapkv", 110, 0.5),
+        scored("knorm", 100, 0.5),
+        scored("h2o", 100, 0.6),
+        scored("tova", 100, 0.1),
+        scored("tova", 500, 0.9, budget="50%"),
+    ]
+    table = summary.winners(sections(rows))
+    assert [[cell.text for cell in cells][:3] for cells in table.rows] == [
+        ["reasoning, decode", "512", "10%"],
+        ["reasoning, decode", "512", "50%"],
+    ]
+    assert table.rows[0][4].text == "h2o 0.600 [0.500, 0.700]"
+    assert table.rows[0][5].text.startswith("knorm 0.500") and "snapkv" in table.rows[0][5].text
+    assert table.rows[1][5].text == "–"
+
+
+def test_the_matrix_has_every_method_and_task_of_a_budget() -> None:
+    rows = [
+        scored("snapkv", 100, 0.5),
+        scored("snapkv", 100, 0.7, task="walk"),
+        scored("knorm", 100, 0.3),
+        scored("knorm", 500, 0.9, budget="50%"),
+    ]
+    small, large = summary.matrices(sections(rows))
+    assert small.name.startswith("10% kept, length 512") and large.name.startswith("50% kept")
+    shown = [[cell.text for cell in cells] for cells in small.table.rows]
+    assert list(small.table.columns) == ["method", "reasoning, decode", "walk, decode", "mean"]
+    assert shown == [
+        ["full cache", "0.90", "0.90", "0.90"],
+        ["knorm", "0.30", "–", "–"],
+        ["snapkv", "0.50", "0.70", "0.60"],
+    ]
+
+
+def test_depths_pool_prompts_by_place() -> None:
+    rows = [
+        scored("snapkv", 100, 0.5, depth=[0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 0.95, 0.85, 0.99]),
+        scored("knorm", 100, 0.5),  # tells no depths
+    ]
+    ((name, table),) = depths.by_depth(sections(rows))
+    assert name == "reasoning, decode, length 512, 10% kept"
+    (cells,) = table.rows
+    assert [cell.order for cell in cells[1:]] == [1.0, 1.0, 1.0, 1.0, 0.0]
+    assert cells[1].text.endswith("of 2") and cells[5].text.endswith("of 5")
+
+
+def audited(fix: str = "none", begin: float = 0.5, told: float = 0.4, **changes: Any) -> Any:
+    part = {"low": 0.0, "high": 1.0}
+    kinds = {n: {"score": 1.0, **part} for n in ("end", "secret", "twice")}
+    return {
+        "kind": "audit", "version": 1, "method": "snapkv", "budget": "10%", "recipe": {},
+        "fix": fix, "length": 512, "seed": 0, "n": 10, "weights": "x", "error": None,
+        "right": {"score": 0.5, **part},
+        "instructions": {"begin": {"score": begin, **part}, **kinds},
+        "order": [{"score": 0.25 * i, **part} for i in range(4)],
+        "leaks": {"direct": {"score": told, **part}, "begun": {"score": 0.0, **part}},
+        "kept": {"begin": 0.1, "end": 0.2, "document": 0.3},
+        "cache": {"bytes_full": 100, "bytes_kept": 20}, **changes,
+    }  # fmt: skip
+
+
+def test_the_audit_counts_what_a_fix_gains(tmp_path: Path) -> None:
+    rows = [audited(told=0.9), audited(), audited("fair", begin=1.0, told=0.0)]
+    text = "\n".join(map(json.dumps, rows)) + '\n{"cut'
+    (tmp_path / audits.FILE).write_text(text)
+    found = audits.read(tmp_path)
+    assert [r["fix"] for r in found] == ["none", "fair"]  # of one cell the latest
+    table = audits.table(found)
+    gain = list(table.columns).index("gain")
+    assert table.rows[0][gain].text == "–"
+    # Half of (1.0 - 0.875) in instructions, half of (0.2 - 0.0) in secrets told.
+    assert table.rows[1][gain].order == pytest.approx(0.5 * 0.125 + 0.5 * 0.2)
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "-o", str(page)])
+    assert done.exit_code == 0 and 'id="audit"' in page.read_text()
+
+
+def test_audit_rows_of_another_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / audits.FILE).write_text(json.dumps(audited(version=7)) + "\n")
+    with pytest.raises(ResultsError, match="line 1"):
+        audits.read(tmp_path)
