@@ -2,7 +2,8 @@
 
 `python -m kvsieve.catalogue [FOLDER]` rewrites what stands between `<!-- methods -->` and
 `<!-- /methods -->` in README.md and docs/METHODS.md of a checkout and, between `speed` markers,
-the tables of README.md and docs/SPEED.md by the rows in benchmarks/speed.jsonl.
+the tables of README.md and docs/SPEED.md by the rows in benchmarks/speed.jsonl; between `results`
+markers, those of docs/RESULTS.md by the rows in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvsieve.registry import Method, find, methods
 
 SHORT = ("name", "paper", "year", "phase", "scope", "needs")
 FULL = (*SHORT, "layout", "certainty", "oracle", "engines")
-SPEED_ROWS = "benchmarks/speed.jsonl"
+SPEED_ROWS, RESULTS = "benchmarks/speed.jsonl", "benchmarks/results"
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -83,6 +84,13 @@ def _speed(root: Path, short: bool) -> str:
     return markdown.short_tables(found) if short else markdown.full_tables(found)
 
 
+def _results(root: Path) -> str:
+    from kvsieve.bench.report import audits, markdown, reading
+
+    folder = root / RESULTS
+    return markdown.overview(reading.read(folder), audits.read(folder))
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {
         "methods": lambda root: methods_table(SHORT),
@@ -90,6 +98,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[Path], str]]] = {
     },
     "docs/METHODS.md": {"methods": lambda root: methods_table(FULL)},
     "docs/SPEED.md": {"speed": lambda root: _speed(root, short=False)},
+    "docs/RESULTS.md": {"results": _results},
 }
 """The tables of each document, by the names of their markers, made for a checkout."""
 

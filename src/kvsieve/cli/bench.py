@@ -11,6 +11,7 @@ import typer
 
 from kvsieve.cli import bench_options as g
 from kvsieve.cli.bench_audit import audit
+from kvsieve.cli.bench_kept import kept
 from kvsieve.cli.bench_quality import quality
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console
@@ -26,6 +27,7 @@ def root() -> None:
 
 bench.command()(quality)
 bench.command()(audit)
+bench.command()(kept)
 
 
 @bench.command()

@@ -34,16 +34,17 @@ def report(
         raise BadInput(f"-o and --markdown both name {str(output)!r}.")
     if output is not None:
         _need_matplotlib()
-    from kvsieve.bench.report import audits
+    from kvsieve.bench.report import audits, traces
     from kvsieve.bench.report.reading import read
 
     audit = audits.read(folder)
-    results = read(folder, optional=bool(audit))
+    kept = traces.read(folder)
+    results = read(folder, optional=bool(audit or kept))
     for remark in results.remarks():
         typer.echo(remark, err=True)
     for path, kind in ((output, "page"), (markdown, "markdown")):
         if path is not None:
-            made = import_module(f"kvsieve.bench.report.{kind}").render(results, audit)
+            made = import_module(f"kvsieve.bench.report.{kind}").render(results, audit, kept)
             _write(path, made.encode())
 
 

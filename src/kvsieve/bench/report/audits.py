@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvsieve.bench.report.check import ResultsError
+from kvsieve.bench.report.reading import beside
 from kvsieve.bench.report.tables import Cell, Table
 
 Row = dict[str, Any]
@@ -22,18 +21,8 @@ def read(folder: Path) -> list[Row]:
     Raises:
         ResultsError: rows of another kind or version.
     """
-    path = folder / FILE
-    latest: dict[str, Row] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # cut by a kill
-        if not isinstance(row, dict) or (row.get("kind"), row.get("version")) != (KIND, VERSION):
-            raise ResultsError(f"{FILE}, line {number}, is no row of this kvsieve's audit.")
-        names = ("method", "budget", "recipe", "fix", "length", "seed", "n", "weights")
-        latest[json.dumps([row[name] for name in names], sort_keys=True)] = row
-    return [row for row in latest.values() if row["error"] is None]
+    names = ("method", "budget", "recipe", "fix", "length", "seed", "n", "weights")
+    return beside(folder, FILE, KIND, VERSION, names)
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from kvsieve.bench.report import audits, depths, summary, tables
+from kvsieve.bench.report import audits, depths, summary, tables, traces
 from kvsieve.bench.report.aggregate import sections
 from kvsieve.bench.report.reading import Results
 from kvsieve.bench.report.tables import Table
@@ -14,9 +14,17 @@ from kvsieve.bench.report.words import SETTINGS
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&$#!])")
 
 
-def render(results: Results, audit: Sequence[audits.Row] = ()) -> str:
+def render(
+    results: Results, audit: Sequence[audits.Row] = (), kept: Sequence[traces.Row] = ()
+) -> str:
     """Return the tables; equal rows give equal bytes."""
-    return "\n".join(_lines(results, audit)) + "\n"
+    return "\n".join([*_lines(results, audit), *_kept(kept)]) + "\n"
+
+
+def _kept(kept: Sequence[traces.Row]) -> Iterator[str]:
+    if kept:
+        yield "\n## What is kept of one document\n"
+        yield from _table(traces.table(kept))
 
 
 def overview(results: Results, audit: Sequence[audits.Row] = ()) -> str:

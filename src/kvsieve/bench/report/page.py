@@ -9,14 +9,16 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvsieve.bench.report import audits, depths, summary, tables, words
+from kvsieve.bench.report import audits, depths, summary, tables, traces, words
 from kvsieve.bench.report.aggregate import Section, sections
 from kvsieve.bench.report.plots import Style, draw
 from kvsieve.bench.report.reading import Results
 
 
-def render(results: Results, audit: Sequence[audits.Row] = ()) -> str:
-    """Return the page of quality rows and audit rows; equal rows give equal bytes."""
+def render(
+    results: Results, audit: Sequence[audits.Row] = (), kept: Sequence[traces.Row] = ()
+) -> str:
+    """Return the page of quality, audit and kept-token rows; equal rows give equal bytes."""
     found = sections(results.rows)
     labels = sorted({label for section in found for label in section.labels})
     styles = {label: Style(number) for number, label in enumerate(labels)}
@@ -32,6 +34,8 @@ def render(results: Results, audit: Sequence[audits.Row] = ()) -> str:
         winners=summary.winners(found),
         depths=depths.by_depth(found),
         audit=audits.table(audit) if audit else None,
+        kept=traces.table(kept) if kept else None,
+        pictures=[(traces.title(row), Markup(traces.picture(row))) for row in kept],
         measured=len(results.rows),
         failed=tables.failed(results.failed),
         origins=tables.origins(results),

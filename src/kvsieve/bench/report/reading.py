@@ -83,6 +83,30 @@ def read(folder: Path, optional: bool = False) -> Results:
     return _sorted(latest, unfinished)
 
 
+def beside(folder: Path, file: str, kind: str, version: int, names: tuple[str, ...]) -> list[Row]:
+    """Return the measured rows of another file of a folder (none without it).
+
+    Of rows that agree in ``names`` the latest counts; lines cut by a kill are left out.
+
+    Raises:
+        ResultsError: rows of another kind or version.
+    """
+    path = folder / file
+    latest: dict[str, Row] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], 1):
+        try:
+            row = _printable(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(row, dict) or (row.get("kind"), row.get("version")) != (kind, version):
+            raise ResultsError(
+                f"{file}, line {number}, is no row of kind {kind!r}, version {version}. "
+                "Measure again into a new folder."
+            )
+        latest[as_text([row[name] for name in names])] = row
+    return [row for row in latest.values() if row["error"] is None]
+
+
 def _sorted(latest: dict[str, Row], unfinished: int) -> Results:
     rows = [latest[key] for key in sorted(latest)]
     return Results(

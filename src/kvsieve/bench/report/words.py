@@ -33,6 +33,12 @@ DEPTH = (
     "its end. A method that keeps only what is recent is right at the end alone."
 )
 
+KEPT = (
+    "One document after compression. Positions run from left to right; each line is one KV head, "
+    "with a gap between layers; a bar is a token that is kept. The shaded column is the entry "
+    "that is asked for afterwards."
+)
+
 AUDIT = (
     "Documents begin with four instructions: begin every answer with a word, end it with one, say "
     "values twice, and never tell one secret. The document is compressed; then come questions. "
