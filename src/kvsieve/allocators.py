@@ -6,13 +6,17 @@ to at most layers x heads x budget, whatever ties there are (they break by index
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kvsieve.errors import RecipeError
-from kvsieve.interfaces import Round, Scope
+from kvsieve.errors import BudgetError, RecipeError
+from kvsieve.interfaces import Allocator, Round, Scope, Signal
+from kvsieve.prediction import Confidence
+
+CONDEMNED = torch.finfo(torch.float32).min
+"""What a score of -inf has become when an allocator sees it: above what does not exist."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,116 @@ class LazyLayers:
         spare = round.budgets * len(scores) - safe.sum(0) - (wanted.cumsum(0) - wanted)
         counts = safe.scatter_add(0, order, spare.clamp_min(0).minimum(wanted))
         return [torch.minimum(n[:, None], x) for n, x in zip(counts, round.live, strict=True)]
+
+
+class Dynamic:
+    """An allocator that chooses: the budget is a cap, below which it may keep less.
+
+    Its rows are looked at whenever the schedule is due, not only above the cap.
+    """
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset()
+
+    @property
+    def uneven(self) -> bool:
+        """Whether heads of a layer may be given unequal numbers."""
+        return False
+
+    def check(self, budget: int) -> None:
+        """Refuse a cap of so many slots that can't be kept to.
+
+        Raises:
+            BudgetError: says what is the least.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold(Dynamic):
+    """Drop what scores below ``least``, and what a scorer condemned (-inf), wherever it is.
+
+    ``within`` gives each head its share of the cap. A head keeps one slot at least.
+    """
+
+    least: float = -torch.inf
+    within: Allocator = field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        if not self.least < torch.inf:
+            raise RecipeError(f"Threshold(least={self.least}): nothing but a number keeps a slot.")
+
+    @property
+    def scope(self) -> Scope:
+        return self.within.scope
+
+    @property
+    def uneven(self) -> bool:
+        return self.least > -torch.inf or isinstance(self.within, TopK)
+
+    def allocate(self, scores: list[Tensor], round: Round) -> list[Tensor]:
+        """Count the slots of each head that are good enough, as far as the cap allows."""
+        allowed = self.within.allocate(scores, round)
+        good = [((x > CONDEMNED) & (x >= self.least)).sum(-1).cpu() for x in scores]
+        return [torch.minimum(a, n.clamp_min(1)) for a, n in zip(allowed, good, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByConfidence(Dynamic):
+    """Between ``least`` and the cap, the less the surer the model was of its last token (CONF-KV).
+
+    ``B_t = round(B_min + (1 - c_t) (B_max - B_min))``; c: the row's ``confidence``, B_min:
+    ``least``, slots or (as a float) a share of the cap B_max. A head is cut when it holds more than
+    ``B_t + slack``, or than the cap; in a prompt, before any logits, to the cap.
+    """
+
+    least: int | float = 0.25
+    slack: int = 16
+    confidence: Confidence = field(default_factory=Confidence)
+    scope: Scope = Scope.HEAD
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.least, float)
+        if not self.least > 0 or (share and self.least > 1):
+            raise RecipeError(f"least={self.least}: give slots (int), or a share up to 1.0.")
+        if self.slack < 0:
+            raise RecipeError(f"slack={self.slack}: it can't be negative.")
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return frozenset({Signal.LOGITS})
+
+    def check(self, budget: int) -> None:
+        """Refuse a cap below ``least``."""
+        if isinstance(self.least, int) and self.least > budget:
+            raise BudgetError(
+                f"This method keeps {self.least} slots at least (option least), more than the "
+                f"budget of {budget}, its cap. Raise the budget, or lower least (a float is a "
+                "share of the budget)."
+            )
+
+    def target(self, round: Round) -> Tensor:
+        """Return B_t of each row, ``[B]`` int64."""
+        if round.prediction is None:
+            return round.budgets
+        most = round.budgets.double()
+        share = isinstance(self.least, float)
+        least = (most * self.least).floor().clamp_min(1) if share else most.clamp_max(self.least)
+        doubt = 1 - self.confidence.of(round.prediction).double()
+        return (least + doubt * (most - least)).round().long()
+
+    def allocate(self, scores: list[Tensor], round: Round) -> list[Tensor]:
+        """Return B_t for heads that hold too much, and what they hold for the others.
+
+        What is protected always stays.
+        """
+        cap, target = round.budgets[:, None], self.target(round)[:, None]
+        counts = []
+        for score, live in zip(scores, round.live, strict=True):
+            wanted = target.maximum(score.isposinf().sum(-1).cpu()).minimum(cap)
+            limit = (wanted + self.slack).minimum(cap)
+            counts.append(torch.where(live > limit, wanted, live))
+        return counts
 
 
 def top_mask(scores: Tensor, counts: Tensor) -> Tensor:

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from kvsieve.allocators import TopK, Uniform
+from kvsieve.allocators import Dynamic, TopK, Uniform
 from kvsieve.budget import Budget
 from kvsieve.compressors import Evict
 from kvsieve.errors import BudgetError, RecipeError, UnsupportedLayout, choices
-from kvsieve.interfaces import Allocator, Compressor, Schedule, Scope, Scorer, Signal
+from kvsieve.interfaces import Allocator, Compressor, Moment, Schedule, Scope, Scorer, Signal
 from kvsieve.registry import find
 from kvsieve.schedules import parse_schedule
 from kvsieve.store import Layout
@@ -59,6 +59,8 @@ class Recipe:
                         "start < end."
                     )
         self._check_fair()
+        if self.acts_before:
+            self._check_moment()
         if self.budget is not None and self.budget.kind == "slots":
             self.check_room(int(self.budget.value))
 
@@ -73,9 +75,28 @@ class Recipe:
                 "that keeps each head's best slots."
             )
 
+    def _check_moment(self) -> None:
+        waits = self.scope is Scope.MODEL
+        if waits or Signal.REPLAY in self.needs:
+            why = "decides over all layers together" if waits else "repeats the prompt first"
+            raise RecipeError(
+                f"Schedule {str(self.schedule)!r} cuts a layer before it attends, but "
+                f"{self.method!r} {why}. Use 'each-step', or a method of scope 'head' or 'layer'."
+            )
+
     @property
     def compresses(self) -> bool:
         return self.scorer is not None
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the method chooses how much it keeps, the budget being a cap."""
+        return isinstance(self.allocator, Dynamic)
+
+    @property
+    def acts_before(self) -> bool:
+        """Whether decode steps compress between storing a token and attending."""
+        return self.schedule is not None and self.schedule.moment is Moment.BEFORE_ATTEND
 
     @property
     def scope(self) -> Scope:
@@ -86,21 +107,28 @@ class Recipe:
         """Everything that the parts need an engine to show."""
         if self.scorer is None:
             return frozenset()
-        window = {Signal.QUERY_WINDOW} if self.scorer.window else set()
-        return self.scorer.needs | self.compressor.needs | window
+        own = {Signal.QUERY_WINDOW} if self.scorer.window else set()
+        own |= {Signal.BEFORE_ATTEND} if self.acts_before else set()
+        own |= self.allocator.needs if isinstance(self.allocator, Dynamic) else set()
+        return self.scorer.needs | self.compressor.needs | own
 
     def recent_slots(self, budget: int) -> int:
         """Return how many recent tokens are protected within a budget of that many slots."""
-        return int(self.recent * budget) if isinstance(self.recent, float) else self.recent
+        recent = int(self.recent * budget) if isinstance(self.recent, float) else self.recent
+        # A token that has not attended yet is to see itself at least.
+        return max(recent, 1) if self.acts_before else recent
 
     def check_room(self, budget: int, length: int | None = None) -> None:
         """Check that a budget leaves room beside what is protected, in a row of ``length`` tokens.
 
         Raises:
-            BudgetError: sinks, recent tokens and protected spans fill the budget.
+            BudgetError: sinks, recent tokens and protected spans fill the budget, or a method
+                that chooses its budget can't keep to this cap.
         """
         if self.scorer is None:
             return
+        if isinstance(self.allocator, Dynamic):
+            self.allocator.check(budget)
         recent = self.recent_slots(budget)
         spans = sum(end - start for start, end in self.protect)
         held = self.sinks + recent + spans
@@ -160,7 +188,8 @@ def recipe(
 
     Args:
         name: a method of ``kvsieve methods``.
-        budget: slots per head (int), fraction kept (float or "10%") or bytes ("2GiB").
+        budget: slots per head (int), fraction kept (float or "10%") or bytes ("2GiB"). For methods
+            that choose how much they keep it is a cap, and may be left out.
         options: the method's own options, and for every method ``schedule``, ``layout``,
             ``sinks``, ``recent``, ``protect``, ``fair``.
 
@@ -184,6 +213,8 @@ def recipe(
         if budget is not None:
             raise BudgetError(f"Method {name!r} removes nothing and takes no budget.")
         return dataclasses.replace(built, options=options)
+    if budget is None and built.dynamic:
+        budget = 1.0
     if budget is None:
         raise BudgetError(
             f"Method {name!r} needs a budget: slots (1024), a fraction kept (0.1 or '10%') "
@@ -202,7 +233,8 @@ def _finish(
             common[name] = _spans(name, common[name])
     layout = common.pop("layout", built.layout)
     finished = dataclasses.replace(built, budget=budget, layout=layout, options=options, **common)
-    uneven = isinstance(finished.allocator, TopK)
+    allocator = finished.allocator
+    uneven = isinstance(allocator, TopK) or (isinstance(allocator, Dynamic) and allocator.uneven)
     if uneven and layout == "dense" and "layout" in options:
         raise UnsupportedLayout(
             f"{built.method!r} gives heads unequal numbers of slots, which a dense layout can't "

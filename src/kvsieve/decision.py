@@ -11,6 +11,7 @@ from kvsieve.errors import RecipeError
 from kvsieve.fairness import fair_scores
 from kvsieve.forward import Forward, LayerState, Pending
 from kvsieve.interfaces import Occasion, Round
+from kvsieve.step import Step
 from kvsieve.store import Store
 
 
@@ -100,12 +101,40 @@ class Decision:
             return 0
         return len(self.layers) * scorer.window * (query + 9)
 
-    def owing(self, forward: Forward) -> Tensor:
+    def over(self, forward: Forward) -> Tensor:
         """Return the rows that are due and have seen more than their budget, ``[B]`` bool."""
+        assert forward.rows is not None, "only asked when the schedule is due"
+        return forward.rows & (self.layers[0].store.seen > self.budgets(forward))
+
+    def owing(self, forward: Forward) -> Tensor:
+        """Return the rows from which something may go, ``[B]`` bool.
+
+        Those over their budget; for a method that chooses its budget all that are due, but for
+        rows that a decode step has nothing for.
+        """
         if forward.owing is None:
-            assert forward.rows is not None, "only asked when the schedule is due"
-            forward.owing = forward.rows & (self.layers[0].store.seen > self.budgets(forward))
+            over = self.over(forward)
+            forward.owing = self._fed(forward, over) if self.recipe.dynamic else over
         return forward.owing
+
+    def _fed(self, forward: Forward, over: Tensor) -> Tensor:
+        assert forward.rows is not None, "only asked when the schedule is due"
+        due = (forward.rows | over).expand_as(over)
+        if forward.prefill or forward.live is None:
+            return due
+        return due & forward.live.any(1).cpu()
+
+    def score(self, forward: Forward, step: Step, store: Store) -> Tensor:
+        """Score a layer; rows that owe nothing keep their columns, as if they were alone."""
+        scorer, owing = self.recipe.scorer, self.owing(forward)
+        assert scorer is not None, "only called with a scorer"
+        names = [] if bool(owing.all()) else [column.name for column in scorer.columns]
+        before = {name: store[name].clone() for name in names}
+        scores = scorer.score(step, store)
+        here = owing.to(scores.device)[:, None, None]
+        for name, old in before.items():
+            store[name] = torch.where(here, store[name], old).expand(*store.counts.shape, -1)
+        return scores
 
     def decide(self, forward: Forward, waiting: list[Pending]) -> list[LayerState]:
         """Allocate and compress the layers of one scope; return those that were changed."""
@@ -117,6 +146,7 @@ class Decision:
             seen=stores[0].seen,
             live=[store.counts for store in stores],
             window=self.recipe.recent_slots(int(self.budgets(forward).min())),
+            prediction=forward.prediction,
         )
         scores = [
             self._protected(p.scores, store, round.budgets)

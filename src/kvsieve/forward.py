@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from kvsieve.interfaces import Scorer
 from kvsieve.moments import QueryMoments
+from kvsieve.prediction import Prediction
 from kvsieve.queries import QueryWindow, newest
 from kvsieve.step import LayerInfo, Step
 from kvsieve.store import Arrival, Store
@@ -25,10 +27,11 @@ class Forward:
     first_part: bool = True  # of a prompt: nothing came before, or decoding did
     due: bool = False
     rows: Tensor | None = None  # [B] or [1] (all alike) bool, CPU: where the schedule is due
-    owing: Tensor | None = None  # [B] bool, CPU: those of them that are over their budget
+    owing: Tensor | None = None  # [B] bool, CPU: those of them from which something may go
     replayed: Tensor | None = None
     arrival: Arrival | None = None
     budgets: Tensor | None = None
+    prediction: Prediction | None = None
 
 
 @dataclass(kw_only=True)
@@ -44,6 +47,22 @@ class LayerState:
     logical: int = 0
     version: int = -1
     nbytes: int = 0
+
+    def step(self, forward: Forward, query: Tensor, scale: float, **attention: Any) -> Step:
+        """Return what this layer shows in a forward; ``attention``: keys, sinks, softcap."""
+        assert self.positions is not None, "append comes before attend"
+        return Step(
+            layer=self.info,
+            query=query,
+            scale=scale,
+            positions=self.positions,
+            live=forward.live,
+            prefill=forward.prefill,
+            offset=forward.offset,
+            recent=self.recent,
+            replayed=forward.replayed,
+            **attention,
+        )
 
     def remember(self, step: Step, scorer: Scorer, first_part: bool, soon: bool) -> None:
         """Keep what later forwards will ask for: the prompt's moments, the newest queries.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from kvsieve.prediction import Prediction
     from kvsieve.step import Step
     from kvsieve.store import Store
 
@@ -35,6 +36,8 @@ class Signal(Enum):
     PRE_ROPE = "pre-rotation queries"  # queries can be un-rotated by their positions
     W_O = "output projection"  # the attention module's output matrix
     REPLAY = "replay of the prompt"  # extra forwards over the prompt, with token ids at hand
+    LOGITS = "logits"  # what the model predicts after each forward
+    BEFORE_ATTEND = "eviction before attention"  # nothing reads the table before it attends
 
 
 class Scope(Enum):
@@ -43,6 +46,13 @@ class Scope(Enum):
     HEAD = "head"
     LAYER = "layer"
     MODEL = "model"
+
+
+class Moment(Enum):
+    """When, within a decode step, a layer is compressed. Prompts are always compressed after."""
+
+    BEFORE_ATTEND = "before attention"  # the token is stored, its query has seen nothing yet
+    AFTER_ATTEND = "after attention"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,9 @@ class Round:
     ``budgets``: mean slots per head allowed in each row, ``[B]`` int64 on the CPU;
     ``layers``: ordinals of the layers among the ``layer_count`` compressed ones;
     ``live``: per layer, live slots ``[B, H]``; ``window``: protected recent slots; ``seen``: tokens
-    that have passed in each row, ``[B]`` (None: as many as the fullest head of the layer holds).
+    that have passed in each row, ``[B]`` (None: as many as the fullest head of the layer holds);
+    ``prediction``: what the model predicted before this decode step, for allocators that need
+    ``Signal.LOGITS`` (None in a prompt).
     """
 
     budgets: Tensor
@@ -87,6 +99,7 @@ class Round:
     live: list[Tensor] = field(default_factory=list)
     window: int = 0
     seen: Tensor | None = None
+    prediction: Prediction | None = None
 
 
 @runtime_checkable
@@ -162,6 +175,11 @@ class Schedule(Protocol):
 
     @property
     def phases(self) -> tuple[str, ...]: ...
+
+    @property
+    def moment(self) -> Moment:
+        """When, within the decode steps that are due."""
+        ...
 
     def wait(self, decoded: int) -> int | None:
         """Decode steps after the ``decoded``-th until it may be due next.

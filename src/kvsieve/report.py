@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from kvsieve.errors import EngineError
+from kvsieve.store import Store
 
 if TYPE_CHECKING:
     from kvsieve.session import Session
@@ -49,6 +51,27 @@ class Stopwatch:
         self.seconds[phase] += time.perf_counter() - start
 
 
+class Chosen:
+    """The budgets that a method has chosen: per row, after each decision, the tokens that had
+    passed and the slots per head that were kept, the mean over all layers and heads."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[tuple[int, float]]] = []
+
+    def add(self, stores: list[Store], rows: Tensor) -> None:
+        """Take in what the layers hold now, for those ``rows [B]`` (bool)."""
+        held = torch.stack([store.counts for store in stores]).double().mean((0, 2)).tolist()
+        seen = stores[0].seen.tolist()
+        self.rows = self.rows or [[] for _ in seen]
+        for b, decided in enumerate(rows.tolist()):
+            if decided:
+                self.rows[b].append((seen[b], held[b]))
+
+    def select_rows(self, index: Tensor) -> None:
+        """Replace the rows by ``index`` of them."""
+        self.rows = [list(self.rows[b]) for b in index.tolist()] if self.rows else []
+
+
 def _drain(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -63,6 +86,8 @@ class Report:
     at any moment. All three count the layers that are left alone as they are.
     ``slots[row][layer][head]``: live slots now; ``seen[row]``: tokens that have passed.
     ``seconds``: ``prefill`` and ``decode`` are wall-clock; ``compress`` is a part of both.
+    ``chosen[row]``: of a method that chooses its budget (``budget`` is then the cap), after each of
+    its decisions the tokens that had passed and the mean slots per head that it kept; else None.
     """
 
     method: str
@@ -76,6 +101,16 @@ class Report:
     events: int
     decode_steps: int
     seconds: dict[str, float]
+    chosen: list[list[tuple[int, float]]] | None = None
+
+    @property
+    def chosen_share(self) -> float | None:
+        """Share of its tokens that a row keeps after its last decision, the mean over rows.
+
+        None: the budget was given, or nothing was decided.
+        """
+        last = [row[-1] for row in self.chosen or [] if row]
+        return sum(held / seen for seen, held in last) / len(last) if last else None
 
     @property
     def tokens_per_second(self) -> float:
@@ -103,6 +138,7 @@ class Report:
             events=session.events,
             decode_steps=session.decode_steps,
             seconds=dict(session.watch.seconds),
+            chosen=None if session.chosen is None else session.chosen.rows,
         )
         if session.owed and not report.removed:
             raise EngineError(
@@ -128,6 +164,7 @@ class Report:
             "seen": self.seen,
             "removed": self.removed,
             "events": self.events,
+            "chosen": self.chosen,
         }
 
     def __str__(self) -> str:
@@ -135,8 +172,10 @@ class Report:
         heads = [n for row in self.slots for layer in row for n in layer]
         spread = f"{min(heads)}-{max(heads)}" if heads else "0"
         spent = self.seconds
+        own = self.chosen_share
+        chose = "" if own is None else f", of which it chose {own:.1%} of the tokens"
         return (
-            f"{self.method} ({self.budget or 'no budget'}): {self.bytes_kept:,} of "
+            f"{self.method} ({self.budget or 'no budget'}{chose}): {self.bytes_kept:,} of "
             f"{self.bytes_full:,} bytes kept ({share:.1%}), peak {self.bytes_peak:,}; "
             f"{spread} slots per head of {max(self.seen, default=0)} tokens seen; "
             f"prefill {spent['prefill']:.2f} s, decode {spent['decode']:.2f} s, of which compress "

@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsieve.errors import RecipeError, choices
-from kvsieve.interfaces import Occasion, Schedule
+from kvsieve.interfaces import Moment, Occasion, Schedule
 
 
 class _Combinable:
+    @property
+    def moment(self) -> Moment:
+        return Moment.AFTER_ATTEND
+
     def __or__(self, other: Schedule) -> Either:
         return Either(self, other)  # type: ignore[arg-type]
 
@@ -84,6 +88,31 @@ class EachStep(_Combinable):
 
 
 @dataclass(frozen=True)
+class BeforeAttend(_Combinable):
+    """At every decode step, between storing its token and attending: a token for a token.
+
+    The step itself so reads no more slots than the budget; the new token is protected. Prompts are
+    not its matter: their first queries would lose keys that they are to see.
+    """
+
+    slack: int | None = 0
+    phases: tuple[str, ...] = ("decode",)
+
+    @property
+    def moment(self) -> Moment:
+        return Moment.BEFORE_ATTEND
+
+    def due(self, occasion: Occasion) -> bool:
+        return not occasion.prefill
+
+    def wait(self, decoded: int) -> int | None:
+        return 0 if decoded else 1
+
+    def __str__(self) -> str:
+        return "before-attend"
+
+
+@dataclass(frozen=True)
 class Above(_Combinable):
     """Whenever a head holds more than ``cap`` slots, in either phase.
 
@@ -126,6 +155,11 @@ class Either(_Combinable):
         joint = {*self.first.phases, *self.second.phases}
         return tuple(p for p in ("prefill", "decode") if p in joint)
 
+    @property
+    def moment(self) -> Moment:
+        moments = (self.first.moment, self.second.moment)
+        return Moment.BEFORE_ATTEND if Moment.BEFORE_ATTEND in moments else Moment.AFTER_ATTEND
+
     def due(self, occasion: Occasion) -> bool:
         return self.first.due(occasion) or self.second.due(occasion)
 
@@ -138,7 +172,9 @@ class Either(_Combinable):
 
 
 def parse_schedule(given: str | Schedule) -> Schedule:
-    """Read "after-prefill", "each-step", "every:128", "above:2048", or several joined by "|".
+    """Read "after-prefill", "each-step", "before-attend", "every:128", "above:2048".
+
+    Several are joined by "|".
 
     Raises:
         RecipeError: an unknown name or a missing number.
@@ -154,7 +190,11 @@ def parse_schedule(given: str | Schedule) -> Schedule:
 
 def _parse_one(text: str) -> Schedule:
     name, _, number = text.partition(":")
-    plain = {"after-prefill": AfterPrefill, "each-step": EachStep}
+    plain = {
+        "after-prefill": AfterPrefill,
+        "each-step": EachStep,
+        "before-attend": BeforeAttend,
+    }
     counted = {"every": Every, "above": Above}
     if name in plain and not number:
         return plain[name]()
@@ -165,4 +205,12 @@ def _parse_one(text: str) -> Schedule:
     raise RecipeError(f"Unknown schedule {text!r}. {choices(name, {**plain, **counted})}")
 
 
-__all__ = ["Above", "AfterPrefill", "EachStep", "Either", "Every", "parse_schedule"]
+__all__ = [
+    "Above",
+    "AfterPrefill",
+    "BeforeAttend",
+    "EachStep",
+    "Either",
+    "Every",
+    "parse_schedule",
+]

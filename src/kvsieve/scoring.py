@@ -161,6 +161,16 @@ def column_norm(step: Step, store: Store, window: int, grouped: bool) -> Tensor:
     return total.sqrt_()
 
 
+def value_norm(store: Store) -> Tensor:
+    """Return ``||v||_2``, ``[B, H, S]`` in fp32, in blocks of slots."""
+    values = store.values
+    B, H, S, Dv = values.shape
+    out = torch.empty(B, H, S, device=values.device)
+    for s0, s1 in query_blocks(S, B * H * Dv, layer_block(values)):
+        out[:, :, s0:s1] = values[:, :, s0:s1].float().norm(dim=-1)
+    return out
+
+
 def projected_norm(step: Step, store: Store, summed: bool = False) -> Tensor:
     """Return ``||v W_O||_2`` in fp32: ``[B, H, G, S]`` per query head, or with ``summed`` that of
     the group's summed output matrices ``[B, H, 1, S]``.

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from kvsieve.compose import Recipe
 from kvsieve.decision import Decision
 from kvsieve.errors import EngineError, RecipeError
 from kvsieve.forward import Forward, LayerState, Pending
-from kvsieve.interfaces import Scope, Scorer, Signal
+from kvsieve.interfaces import Scope, Signal
+from kvsieve.prediction import Outlook
 from kvsieve.replay import Replay
-from kvsieve.report import Report, Stopwatch
+from kvsieve.report import Chosen, Report, Stopwatch
 from kvsieve.step import LayerInfo, Step
 from kvsieve.store import Arrival, Store
 
@@ -51,6 +51,8 @@ class Session:
         self.bytes_peak = 0
         self.bytes_full = 0
         self.watch = Stopwatch()
+        self.chosen = Chosen() if recipe.dynamic else None
+        self.outlook = Outlook(recipe.method) if Signal.LOGITS in recipe.needs else None
         self._bytes = 0
         self._pending: list[Pending] = []
         self.decision = Decision(recipe, self.layers)
@@ -85,6 +87,8 @@ class Session:
         self.decoded = 0 if prefill else self.decoded + 1
         self.decode_steps += 0 if prefill else 1
         forward = Forward(T=T, live=live, offset=offset, prefill=prefill, first_part=first_part)
+        if self.outlook is not None and not prefill:
+            forward.prediction = self.outlook.last()
         if self.recipe.compresses and self.recipe.schedule is not None:
             forward.rows = self.decision.due_rows(forward, complete, self.decoded)
             forward.due = bool(forward.rows.any())
@@ -139,50 +143,48 @@ class Session:
         softcap: float | None = None,
     ) -> Tensor:
         """Attention output ``[B, H, G, T, Dv]`` of ``query [B, H, G, T, D]``, then compression."""
-        forward, layer = self._forward(), self.layers[ordinal]
+        forward, layer, step = self._forward(), self.layers[ordinal], None
         assert layer.positions is not None, "append comes before attend"
-        positions, store = layer.positions, layer.store
-        out = store.attend(
+        if self.recipe.scorer is not None:
+            step = layer.step(forward, query, scale, keys=keys, sinks=sinks, softcap=softcap)
+            self._before_attend(ordinal, layer, step)
+        out = layer.store.attend(
             query,
             scale,
-            positions,
+            layer.positions,
             forward.live,
             keys=keys,
             values=values,
             sinks=sinks,
             softcap=softcap,
         )
-        if self.recipe.scorer is not None:
-            step = Step(
-                layer=layer.info,
-                query=query,
-                scale=scale,
-                positions=positions,
-                live=forward.live,
-                prefill=forward.prefill,
-                keys=keys,
-                sinks=sinks,
-                softcap=softcap,
-                offset=forward.offset,
-                recent=layer.recent,
-                replayed=forward.replayed,
-            )
+        if step is not None:
             self._after_attend(ordinal, layer, step)
         return out
+
+    def _before_attend(self, ordinal: int, layer: LayerState, step: Step) -> None:
+        scorer, schedule = self.recipe.scorer, self.recipe.schedule
+        assert scorer is not None, "only called with a scorer"
+        if step.replay:
+            return
+        wait = None if schedule is None else schedule.wait(self.decoded)
+        soon = wait is not None and wait < scorer.window
+        layer.remember(step, scorer, self._forward().first_part, soon)
+        if self.recipe.acts_before and not step.prefill:
+            self._reduce(ordinal, layer, step)
 
     def _after_attend(self, ordinal: int, layer: LayerState, step: Step) -> None:
         scorer = self.recipe.scorer
         assert scorer is not None, "only called with a scorer"
+        scorer.observe(step, layer.store)
         if step.replay:
-            scorer.observe(step, layer.store)
             assert layer.mark is not None, "a replay marks before it appends"
             layer.store.rollback(layer.mark)
-            return
-        schedule = self.recipe.schedule
-        wait = None if schedule is None else schedule.wait(self.decoded)
-        soon = wait is not None and wait < scorer.window
-        layer.remember(step, scorer, self._forward().first_part, soon)
-        scorer.observe(step, layer.store)
+        elif step.prefill or not self.recipe.acts_before:
+            self._reduce(ordinal, layer, step)
+
+    def _reduce(self, ordinal: int, layer: LayerState, step: Step) -> None:
+        """Score a layer that is due; decide, unless that takes layers still to come."""
         if not self._forward().due:
             return
         if self.replay is not None:
@@ -190,25 +192,14 @@ class Session:
             return
         if not bool(self.decision.owing(self._forward()).any()):
             return
-        self.owed = True
+        self.owed = self.owed or bool(self.decision.over(self._forward()).any())
         with self.watch.part("compress", step.query.device):
-            scores = self._score(scorer, step, layer.store)
+            scores = self.decision.score(self._forward(), step, layer.store)
             step = step.waiting(self.recipe.scope)
             self._pending.append(Pending(ordinal=ordinal, scores=scores, step=step))
             if self.recipe.scope is not Scope.MODEL or ordinal == len(self.layers) - 1:
                 waiting, self._pending = self._pending, []
                 self._compress(waiting)
-
-    def _score(self, scorer: Scorer, step: Step, store: Store) -> Tensor:
-        """Score a layer; rows that owe nothing keep their columns, as if they were alone."""
-        owing = self.decision.owing(self._forward())
-        names = [] if bool(owing.all()) else [column.name for column in scorer.columns]
-        before = {name: store[name].clone() for name in names}
-        scores = scorer.score(step, store)
-        here = owing.to(scores.device)[:, None, None]
-        for name, old in before.items():
-            store[name] = torch.where(here, store[name], old).expand(*store.counts.shape, -1)
-        return scores
 
     def end(self, run: Callable[[Tensor, Tensor], None] | None = None) -> None:
         """End the forward; ``run(ids [B, R], positions [B, R])`` repeats tokens for a replay."""
@@ -216,9 +207,13 @@ class Session:
             return
         if self.replay is not None and self._forward().due and self._pending:
             self._decide_by_replay(run)
-        phase = "prefill" if self._forward().prefill else "decode"
-        self.current = None
-        self.watch.stop(phase)
+        forward, self.current = self._forward(), None
+        if self.chosen is not None and forward.due:
+            stores = [layer.store for layer in self.layers]
+            self.chosen.add(stores, self.decision.owing(forward))
+        if self.outlook is not None:
+            self.outlook.await_logits(forward.live)
+        self.watch.stop("prefill" if forward.prefill else "decode")
 
     def abandon(self) -> None:
         """Leave a forward that failed."""
@@ -234,7 +229,7 @@ class Session:
         if not bool(owing.any()):
             self._pending.clear()
             return
-        self.owed = True
+        self.owed = self.owed or bool(self.decision.over(self._forward()).any())
         if run is None:
             raise RecipeError(f"{self.recipe.method!r} repeats the prompt; this engine can't.")
         waiting, self._pending = self._pending, []
@@ -283,8 +278,9 @@ class Session:
         if ordinal == 0:
             # What a stock cache of the new number of rows would hold.
             self.bytes_full = self.bytes_full * index.numel() // rows
-            if self.replay is not None:
-                self.replay.select_rows(index)
+            for part in (self.replay, self.chosen, self.outlook):
+                if part is not None:
+                    part.select_rows(index)
             if self.offset is not None:
                 self.offset = self.offset.index_select(0, index.cpu())
 

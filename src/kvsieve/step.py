@@ -48,11 +48,19 @@ class LayerInfo:
         """
         if self.output_projection is None:
             raise UnsupportedSignal("This layer shows no output projection.")
-        name = "summed gram" if summed else "gram"
-        if name not in self._made:
-            w_o = self.output_projection().detach().float()
+        project = self.output_projection
+
+        def make() -> Tensor:
+            w_o = project().detach().float()
             w_o = w_o.sum(1, keepdim=True) if summed else w_o
-            self._made[name] = w_o @ w_o.transpose(-1, -2)
+            return w_o @ w_o.transpose(-1, -2)
+
+        return self.once("summed gram" if summed else "gram", make)
+
+    def once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return what ``make()`` gave when it was first asked for by that name."""
+        if name not in self._made:
+            self._made[name] = make()
         return self._made[name]
 
 

@@ -80,12 +80,12 @@ def test_the_markdown_table_has_every_method() -> None:
 
 
 def test_a_document_is_refreshed_between_its_markers(tmp_path: Path) -> None:
-    before = "a\n<!-- methods -->\nold\n<!-- /methods -->\nb\n"
+    before = "a\n<!-- methods -->\nstale\n<!-- /methods -->\nb\n"
     (tmp_path / "README.md").write_text(before, "utf-8")
     assert refresh(tmp_path) == [tmp_path / "README.md"]
     after = (tmp_path / "README.md").read_text("utf-8")
     assert after.startswith("a\n<!-- methods -->\n| name |") and after.endswith("-->\nb\n")
-    assert "old" not in after and refresh(tmp_path) == []
+    assert "stale" not in after and refresh(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -25,7 +25,7 @@ def run(*arguments: str, story: Path) -> Any:
 def test_the_json_object_has_exactly_the_documented_fields(story: Path) -> None:
     ran = run("--method", "snapkv", "--budget", "40", story=story)
     assert list(ran) == [
-        *("version", "text", "method", "budget", "prompt_tokens", "new_tokens"),
+        *("version", "text", "method", "budget", "chosen", "prompt_tokens", "new_tokens"),
         *("tokens_per_second", "seconds", "cache"),
     ]
     assert set(ran["seconds"]) == {"prefill", "decode", "compress"}

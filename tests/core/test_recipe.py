@@ -10,7 +10,7 @@ import torch
 
 import kvsieve
 from kvsieve import Recipe, registry
-from kvsieve.allocators import TopK
+from kvsieve.allocators import Dynamic, TopK
 from kvsieve.errors import BudgetError, RecipeError, UnknownMethod, UnsupportedLayout
 from kvsieve.interfaces import Scope, Signal
 
@@ -34,7 +34,9 @@ def test_every_method_builds_and_reads_back(name: str) -> None:
         assert recipe.budget is not None and recipe.budget.value == BUDGET
         assert recipe.scope in Scope
         assert all(isinstance(signal, Signal) for signal in recipe.needs)
-        assert (recipe.layout == "ragged") == isinstance(recipe.allocator, TopK)
+        allocator = recipe.allocator
+        uneven = allocator.uneven if isinstance(allocator, Dynamic) else isinstance(allocator, TopK)
+        assert (recipe.layout == "ragged") == uneven
 
 
 @pytest.mark.parametrize("name", registry.methods())
@@ -154,12 +156,25 @@ def test_impossible_common_options(options: dict[str, Any], message: str) -> Non
         kvsieve.recipe("knorm", budget=100, **options)
 
 
+@pytest.mark.parametrize(("name", "scope"), [("laprox", "model"), ("kvzip", "layer")])
+def test_what_waits_for_the_model_cannot_act_before_attention(name: str, scope: str) -> None:
+    with pytest.raises(RecipeError, match="before it attends"):
+        kvsieve.recipe(name, budget=100, schedule="before-attend", scope=scope)
+
+
+def test_a_token_that_has_not_attended_is_protected() -> None:
+    plain = kvsieve.recipe("knorm", budget=100, schedule="each-step")
+    early = kvsieve.recipe("knorm", budget=100, schedule="each-step|before-attend")
+    assert (plain.recent_slots(100), early.recent_slots(100)) == (0, 1)
+    assert Signal.BEFORE_ATTEND in early.needs - plain.needs
+
+
 def test_layouts() -> None:
     with pytest.raises(UnsupportedLayout, match=r"Unknown layout 'rageed'\. Did you mean 'ragged'"):
         kvsieve.recipe("knorm", budget=100, layout="rageed")
     for name in ("adakv", "kvzip", "laprox", "expected-attention"):
         with pytest.raises(UnsupportedLayout, match="unequal numbers of slots"):
-            kvsieve.recipe(name, budget=100, layout="dense")
+            kvsieve.recipe(name, budget=200, layout="dense")
     assert kvsieve.recipe("laprox", budget=100, scope="head").layout == "dense"
 
 

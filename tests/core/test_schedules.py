@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 
 from kvsieve.errors import RecipeError
-from kvsieve.interfaces import Occasion, Schedule
-from kvsieve.schedules import Above, AfterPrefill, EachStep, Either, Every, parse_schedule
+from kvsieve.interfaces import Moment, Occasion, Schedule
+from kvsieve.schedules import (
+    Above,
+    AfterPrefill,
+    BeforeAttend,
+    EachStep,
+    Either,
+    Every,
+    parse_schedule,
+)
 
 
 def occasion(at: str, slots: int = 10) -> Occasion:
@@ -24,6 +32,7 @@ TIMES = ("prompt", "part", "1", "2", "3", "4", "5", "6")
 DUE = [
     ("after-prefill", {"prompt"}),
     ("each-step", {"1", "2", "3", "4", "5", "6"}),
+    ("before-attend", {"1", "2", "3", "4", "5", "6"}),
     ("every:1", {"1", "2", "3", "4", "5", "6"}),
     ("every:3", {"3", "6"}),
     ("every:7", set()),
@@ -51,6 +60,7 @@ def test_above_looks_at_the_fullest_head() -> None:
     [
         (AfterPrefill(), None, ("prefill",)),
         (EachStep(), 0, ("decode",)),
+        (BeforeAttend(), 0, ("decode",)),
         (Every(1), 0, ("decode",)),
         (Every(8), 7, ("decode",)),
         (Above(5), None, ("prefill", "decode")),
@@ -68,6 +78,12 @@ def test_slack_and_phases(schedule: Schedule, slack: int | None, phases: tuple[s
     assert parse_schedule(str(schedule)) == schedule
 
 
+def test_one_part_that_acts_before_attention_is_enough() -> None:
+    early, late = BeforeAttend(), AfterPrefill() | Every(3)
+    assert early.moment is (late | early).moment is (early | late).moment is Moment.BEFORE_ATTEND
+    assert late.moment is EachStep().moment is Above(3).moment is Moment.AFTER_ATTEND
+
+
 def test_a_schedule_passes_through() -> None:
     given = Either(Every(2), AfterPrefill())
     assert parse_schedule(given) is given
@@ -77,7 +93,7 @@ def test_a_schedule_passes_through() -> None:
     ("text", "message"),
     [
         ("each-stpe", r"Unknown schedule 'each-stpe'\. Did you mean 'each-step'"),
-        ("", r"Possible: above, after-prefill, each-step, every"),
+        ("", r"Possible: above, after-prefill, before-attend, each-step, every"),
         ("after-prefill|", r"Unknown schedule ''"),
         ("after-prefill:3", r"Unknown schedule 'after-prefill:3'"),
         ("every", r"Schedule 'every' needs a number, as in 'every:128'"),

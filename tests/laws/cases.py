@@ -19,7 +19,11 @@ STEPS = 7
 SMALL = {"window": 4, "interval": 3, "future": 16, "chunk": 16, "sinks": 2, "kernel": 3}
 SMALL |= {"lag": 4, "length": 4, "local": 5}
 # Options that mean something else to other methods.
-SMALL_OF = {"distinct-keys": {"recent": 4}}
+SMALL_OF: dict[str, dict[str, Any]] = {
+    "distinct-keys": {"recent": 4},
+}
+# Options that leave the choice to the cap, for methods that choose their budget.
+AT_CAP: dict[str, dict[str, Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Case:
         if not self.compresses:
             return kvsieve.recipe(self.method, **self.options)
         return kvsieve.recipe(self.method, budget=budget, **self.options)
+
+    def at_cap(self, budget: int | float | str) -> Recipe:
+        """Build it so that the budget alone decides how much it keeps."""
+        options = self.options | AT_CAP.get(self.method, {})
+        return Case(self.name, self.method, options).recipe(budget)
 
     @property
     def compresses(self) -> bool:
@@ -92,6 +101,8 @@ CASES = [
     _case("laprox", "laprox-summed", gqa="sum_proj", pooled="score"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
     _case("adakv", "adakv-above", schedule="above:15", layout="ragged"),
+    _case("snapkv", "snapkv-before-attend", schedule="after-prefill|before-attend"),
+    _case("adakv", "adakv-before-attend", schedule="after-prefill|before-attend"),
 ]
 COMPRESSING = [case for case in CASES if case.compresses]
 

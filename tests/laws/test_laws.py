@@ -83,7 +83,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> None:
 def test_budget_for_everything_is_bit_identical(
     case: Case, family: str, budget: int | float
 ) -> None:
-    got = forced_run(tiny(family), case.recipe(budget))
+    got = forced_run(tiny(family), case.at_cap(budget))
     for a, b in zip(got.logits, full(family).logits, strict=True):
         assert torch.equal(a, b)
     assert got.report.removed == 0
@@ -122,7 +122,7 @@ def check_counts(recipe: Recipe, trace: Trace, budgets: Tensor) -> None:
         if recipe.scope is Scope.LAYER:
             assert bool((count.sum(2) <= H * per_head).all()), (step, count)
         assert bool((count.sum((0, 2)) <= L * H * per_head).all()), (step, count)
-        if step == 0 and held_to_budget:
+        if step == 0 and held_to_budget and not recipe.dynamic:
             assert count.sum((0, 2)).tolist() == (L * H * per_head).tolist()
 
 
@@ -146,7 +146,11 @@ def test_a_fraction_is_of_each_row(case: Case) -> None:
         return
     L, _, H = trace.counts[0].shape
     budgets = [int(0.45 * n) for n in LENGTHS[:2]]
-    assert trace.counts[0].sum((0, 2)).tolist() == [L * H * b for b in budgets]
+    held = trace.counts[0].sum((0, 2)).tolist()
+    if case.recipe().dynamic:
+        assert all(n <= L * H * b for n, b in zip(held, budgets, strict=True))
+        held = decode(tiny("llama"), case.at_cap(0.45), ids, mask, steps=0).counts[0].sum((0, 2))
+    assert list(held) == [L * H * b for b in budgets]
 
 
 @each_compressing
@@ -155,7 +159,7 @@ def test_bytes_hold_at_every_step(case: Case) -> None:
     trace = decode(tiny("llama"), recipe, prompt(900), steps=4)
     if "prefill" in recipe.schedule.phases:  # type: ignore[union-attr]
         assert trace.report.bytes_kept <= limit
-        assert trace.report.bytes_kept >= limit // 3
+        assert recipe.dynamic or trace.report.bytes_kept >= limit // 3
 
 
 class Tied:
@@ -527,16 +531,18 @@ def test_memory_goes_back_to_the_system(layout: Any) -> None:
 @each_family
 @each_compressing
 def test_compression_equals_masking_a_full_cache(case: Case, family: str) -> None:
-    check_oracle(run(family, case), build(family), [0, 1])
+    check_oracle(run(family, case), build(family), [0, 1], ahead=case.recipe().acts_before)
 
 
-def check_oracle(trace: Trace, twin: Any, layers: list[int]) -> None:
+def check_oracle(trace: Trace, twin: Any, layers: list[int], ahead: bool = False) -> None:
+    """``ahead``: a decode step attends to what is held after it, not to what was before."""
     ids, mask = batch()
     oracle = Oracle(twin, layers)
     close(oracle.forward(ids, mask, None), trace.logits[0])
     for step in range(STEPS):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        logits = oracle.forward(trace.tokens[:, step : step + 1], mask, trace.held[step])
+        held = trace.held[step + 1] if ahead else trace.held[step]
+        logits = oracle.forward(trace.tokens[:, step : step + 1], mask, held)
         close(logits, trace.logits[step + 1])
 
 

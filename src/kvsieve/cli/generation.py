@@ -27,12 +27,13 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Return the plain values of `kvsieve run --json`; a part of the public interface."""
         measured = self.report.to_dict()
-        rows = measured["cache"]["slots"]
+        rows, chosen = measured["cache"]["slots"], measured["chosen"]
         return {
             "version": 1,
             "text": self.text,
             "method": self.report.method,
             "budget": self.report.budget,
+            "chosen": chosen[0] if chosen else None,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
             "tokens_per_second": self.report.tokens_per_second,

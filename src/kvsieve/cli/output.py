@@ -63,6 +63,8 @@ def summary(report: Report, prompt_tokens: int, new_tokens: int, right: bool | N
     """Return a run's report in a few lines."""
     seconds = report.seconds
     budget = f"budget {report.budget}" if report.budget else "no budget"
+    if report.chosen_share is not None:
+        budget += f" at most, {report.chosen_share:.1%} of the tokens chosen"
     marked = "" if right is None else f"answer    {verdict(right)}\n"
     return (
         f"{marked}"

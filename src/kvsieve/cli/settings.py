@@ -127,8 +127,9 @@ def several(
             wanted[name][own] = value
     asked = {name: typed(name, options) for name, options in wanted.items()}
     for name in names:
-        if find(name).build(**_scorer(asked[name])).compresses:
-            _complete(asked[name], name, budget, protect)
+        built = find(name).build(**_scorer(asked[name]))
+        if built.compresses:
+            _complete(asked[name], name, budget, protect, capped=built.dynamic)
     return asked
 
 
@@ -137,11 +138,16 @@ def _scorer(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete(
-    options: dict[str, Any], name: str, budget: str | None, protect: Sequence[str]
+    options: dict[str, Any],
+    name: str,
+    budget: str | None,
+    protect: Sequence[str],
+    capped: bool,
 ) -> None:
-    if budget is None:
+    if budget is not None:
+        options["budget"] = Budget.parse(budget)
+    elif not capped:
         raise BadInput(f"Method {name!r} needs a --budget: slots, a share (10%) or bytes (2GiB).")
-    options["budget"] = Budget.parse(budget)
     if protect:
         options["protect"] = spans(protect)
 

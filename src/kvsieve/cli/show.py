@@ -53,7 +53,7 @@ def _recipe(built: Recipe) -> dict[str, str]:
         "compressor": _part(built.compressor),
         "schedule": str(built.schedule),
         "layout": built.layout,
-        "budget per": built.scope.value,
+        "budget per": built.scope.value + (", as a cap" if built.dynamic else ""),
         "protects": f"{built.sinks} first tokens, {_recent(built.recent)}",
         "needs": ", ".join(sorted(signal.value for signal in built.needs))
         or "nothing but the keys",

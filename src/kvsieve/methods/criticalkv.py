@@ -18,7 +18,7 @@ import dataclasses
 from typing import Any
 
 from kvsieve.compose import Recipe
-from kvsieve.compressors import KeepChunks, TwoStage
+from kvsieve.compressors import Evict, KeepChunks, TwoStage
 from kvsieve.errors import RecipeError
 from kvsieve.registry import find, method
 
@@ -39,9 +39,13 @@ def criticalkv(
     inner = find(scorer).build(**options)
     if not inner.compresses:
         raise RecipeError(f"criticalkv(scorer={scorer!r}): that method has no scores.")
+    if inner.dynamic:
+        raise RecipeError(f"criticalkv(scorer={scorer!r}): that method chooses its own budget.")
     if isinstance(inner.compressor, KeepChunks):
         raise RecipeError(
             f"criticalkv(scorer={scorer!r}): it keeps chunks whole, not in two stages."
         )
+    if not isinstance(inner.compressor, Evict | TwoStage):
+        raise RecipeError(f"criticalkv(scorer={scorer!r}): that method has stages of its own.")
     compressor = TwoStage(first=first, epsilon=epsilon)
     return dataclasses.replace(inner, method="criticalkv", compressor=compressor)

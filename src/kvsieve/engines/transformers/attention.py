@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvsieve.errors import EngineError
+from kvsieve.prediction import Outlook
 from kvsieve.session import Session
 from kvsieve.store.attend import attend
 
@@ -33,6 +34,9 @@ class Active:
 
 
 active: ContextVar[Active | None] = ContextVar("kvsieve_active", default=None)
+
+awaiting: ContextVar[Outlook | None] = ContextVar("kvsieve_awaiting", default=None)
+"""Where the logits belong that the model is about to compute, if anyone needs them."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache as StockCache
 from transformers.cache_utils import DynamicCache
 
 from kvsieve.compose import Recipe
-from kvsieve.engines.transformers.attention import NAME, Active, active, register
+from kvsieve.engines.transformers.attention import NAME, Active, active, awaiting, register
 from kvsieve.engines.transformers.inspection import ModelView
 from kvsieve.engines.transformers.layer import SieveLayer
 from kvsieve.errors import EngineError
@@ -42,6 +42,7 @@ class Installation:
             self._hooks = [
                 decoder.register_forward_pre_hook(self._before, with_kwargs=True),
                 decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                self.view.model.register_forward_hook(self._show_logits),
             ]
         self.users += 1
 
@@ -51,8 +52,9 @@ class Installation:
         if self.users == 0:
             for hook in self._hooks:
                 hook.remove()
-            # An interrupt in mid-forward skips the hook that would have done this.
+            # An interrupt in mid-forward skips the hooks that would have done this.
             active.set(None)
+            awaiting.set(None)
             self.view.model.set_attn_implementation(self._original)
 
     # -- hooks ---------------------------------------------------------------------------------
@@ -93,6 +95,15 @@ class Installation:
             raise
         finally:
             active.reset(current.token)
+            outlook = None if session is None else session.outlook
+            awaiting.set(outlook if outlook is not None and outlook.awaiting else None)
+
+    def _show_logits(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Hand what the whole model returns to the session whose forward has just ended."""
+        outlook, logits = awaiting.get(), getattr(output, "logits", None)
+        awaiting.set(None)
+        if outlook is not None and isinstance(logits, Tensor):
+            outlook.take(logits)
 
     def _repeat(self, session: Session, ids: Tensor, positions: Tensor) -> None:
         """Feed tokens again at ``positions [B, R]``, with the session's cache, keeping nothing."""

@@ -93,6 +93,7 @@ class ModelView:
         reasons: dict[Signal, str] = {}
         if self.latent:
             reasons[Signal.VALUES] = "it caches latents, not values"
+            reasons[Signal.BEFORE_ATTEND] = "it expands what it caches before it attends"
         if any(info.output_projection is None for info in infos):
             reasons[Signal.W_O] = "its attention shows no output matrix in floating point"
         if any(info.rotary is None for info in infos):
