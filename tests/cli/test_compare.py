@@ -71,7 +71,7 @@ def test_options_go_where_they_belong() -> None:
 def test_unusable_input_stops_everything() -> None:
     for given, message in {
         ("--methods", "random,nope", "--budget", "9"): "Unknown method 'nope'",
-        ("--methods", "random"): "needs a --budget",
+        ("--methods", "random,dbudgetkv"): "'random' needs a --budget",
         ("--methods", "random", "--budget", "0"): "keeps nothing",
         ("--methods", " , "): "--methods is empty",
         ("--methods", "random", "--budget", "9", "--set", "random.sead=1"): "no option 'sead'",

@@ -33,6 +33,18 @@ def test_the_json_object_has_exactly_the_documented_fields(story: Path) -> None:
     assert (ran["version"], ran["method"], ran["budget"]) == (1, "snapkv", "40 slots")
 
 
+def test_a_method_that_chooses_needs_no_budget_and_says_what_it_chose(story: Path) -> None:
+    ran = run("--method", "dbudgetkv", "--set", "tolerance=0.2", story=story)
+    assert ran["budget"] == "100%"
+    layers = [sum(layer) / 4 for layer in ran["cache"]["slots"]]
+    decoded = ran["new_tokens"] - 1
+    assert ran["chosen"] == [[ran["prompt_tokens"], sum(layers) / 4 - decoded]]
+    assert layers[0] == layers[1] == ran["prompt_tokens"] + decoded > min(layers[2:])
+    called = call("run", "--method", "dbudgetkv", "--prompt-file", str(story))
+    assert "budget 100% at most, " in called.err and "of the tokens chosen" in called.err
+    assert run("--method", "knorm", "--budget", "60", story=story)["chosen"] is None
+
+
 def test_the_numbers_are_those_of_the_run(story: Path) -> None:
     ran = run("--method", "streaming-llm", "--budget", "40", "--max-new-tokens", "3", story=story)
     assert ran["prompt_tokens"] == len(story.read_text("utf-8").split())

@@ -20,10 +20,13 @@ SMALL = {"window": 4, "interval": 3, "future": 16, "chunk": 16, "sinks": 2, "ker
 SMALL |= {"lag": 4, "length": 4, "local": 5}
 # Options that mean something else to other methods.
 SMALL_OF: dict[str, dict[str, Any]] = {
+    "dbudgetkv": {"tolerance": 0.6, "whole": 1},
     "distinct-keys": {"recent": 4},
 }
 # Options that leave the choice to the cap, for methods that choose their budget.
-AT_CAP: dict[str, dict[str, Any]] = {}
+AT_CAP: dict[str, dict[str, Any]] = {
+    "dbudgetkv": {"whole": 9},
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ CASES = [
     _case("laprox", "laprox-summed", gqa="sum_proj", pooled="score"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
     _case("adakv", "adakv-above", schedule="above:15", layout="ragged"),
+    _case("dbudgetkv", "dbudgetkv-attention", order="attention", metric="full", whole=0),
     _case("snapkv", "snapkv-before-attend", schedule="after-prefill|before-attend"),
     _case("adakv", "adakv-before-attend", schedule="after-prefill|before-attend"),
 ]
