@@ -172,7 +172,7 @@ def test_a_token_that_has_not_attended_is_protected() -> None:
 def test_layouts() -> None:
     with pytest.raises(UnsupportedLayout, match=r"Unknown layout 'rageed'\. Did you mean 'ragged'"):
         kvsieve.recipe("knorm", budget=100, layout="rageed")
-    for name in ("adakv", "kvzip", "laprox", "expected-attention"):
+    for name in ("adakv", "kvzip", "laprox", "expected-attention", "threshold"):
         with pytest.raises(UnsupportedLayout, match="unequal numbers of slots"):
             kvsieve.recipe(name, budget=200, layout="dense")
     assert kvsieve.recipe("laprox", budget=100, scope="head").layout == "dense"
@@ -189,6 +189,8 @@ def test_layouts() -> None:
         ("criticalkv", "nothing", "Unknown method 'nothing'"),
         ("adakv", "dbudgetkv", "'dbudgetkv' allocates itself"),
         ("chunkkv", "dbudgetkv", "chooses slots its own way"),
+        ("threshold", "full", "'full' has no scores"),
+        ("threshold", "dbudgetkv", "chooses slots its own way"),
     ],
 )
 def test_wrappers_refuse_what_they_cannot_wrap(name: str, scorer: str, message: str) -> None:

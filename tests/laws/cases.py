@@ -22,10 +22,12 @@ SMALL |= {"lag": 4, "length": 4, "local": 5}
 SMALL_OF: dict[str, dict[str, Any]] = {
     "dbudgetkv": {"tolerance": 0.6, "whole": 1},
     "distinct-keys": {"recent": 4},
+    "threshold": {"threshold": -0.4, "delay": 3},
 }
 # Options that leave the choice to the cap, for methods that choose their budget.
 AT_CAP: dict[str, dict[str, Any]] = {
     "dbudgetkv": {"whole": 9},
+    "threshold": {"threshold": float("-inf")},
 }
 
 
@@ -105,6 +107,16 @@ CASES = [
     _case("g-kv", "g-kv-above", schedule="above:15"),
     _case("adakv", "adakv-above", schedule="above:15", layout="ragged"),
     _case("dbudgetkv", "dbudgetkv-attention", order="attention", metric="full", whole=0),
+    _case("threshold", "threshold-h2o", scorer="h2o", threshold=1.5),
+    _case(
+        "threshold",
+        "threshold-adakv-each-step",
+        scorer="adakv",
+        threshold=0.06,
+        window=4,
+        kernel=3,
+        schedule=BOTH,
+    ),
     _case("snapkv", "snapkv-before-attend", schedule="after-prefill|before-attend"),
     _case("adakv", "adakv-before-attend", schedule="after-prefill|before-attend"),
 ]
