@@ -22,6 +22,7 @@ SMALL |= {"lag": 4, "length": 4, "local": 5}
 SMALL_OF: dict[str, dict[str, Any]] = {
     "dbudgetkv": {"tolerance": 0.6, "whole": 1},
     "distinct-keys": {"recent": 4},
+    "hash-evict": {"recent": 3},
     "threshold": {"threshold": -0.4, "delay": 3},
 }
 # Options that leave the choice to the cap, for methods that choose their budget.
@@ -117,6 +118,8 @@ CASES = [
         kernel=3,
         schedule=BOTH,
     ),
+    _case("hash-evict", "hash-evict-key-ragged", source="key", bits=30, layout="ragged"),
+    _case("hash-evict", "hash-evict-each-step", schedule=BOTH),
     _case("snapkv", "snapkv-before-attend", schedule="after-prefill|before-attend"),
     _case("adakv", "adakv-before-attend", schedule="after-prefill|before-attend"),
 ]
