@@ -187,10 +187,12 @@ def test_layouts() -> None:
         ("adakv", "snapvk", "Unknown method 'snapvk'.*'snapkv'"),
         ("criticalkv", "full", "has no scores"),
         ("criticalkv", "nothing", "Unknown method 'nothing'"),
+        ("criticalkv", "infinipot-v", "stages of its own"),
         ("adakv", "dbudgetkv", "'dbudgetkv' allocates itself"),
         ("chunkkv", "dbudgetkv", "chooses slots its own way"),
         ("threshold", "full", "'full' has no scores"),
         ("threshold", "dbudgetkv", "chooses slots its own way"),
+        ("threshold", "infinipot-v", "chooses slots its own way"),
     ],
 )
 def test_wrappers_refuse_what_they_cannot_wrap(name: str, scorer: str, message: str) -> None:

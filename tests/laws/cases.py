@@ -23,6 +23,7 @@ SMALL_OF: dict[str, dict[str, Any]] = {
     "dbudgetkv": {"tolerance": 0.6, "whole": 1},
     "distinct-keys": {"recent": 4},
     "hash-evict": {"recent": 3},
+    "infinipot-v": {"frame": 2, "frames": 2},
     "threshold": {"threshold": -0.4, "delay": 3},
 }
 # Options that leave the choice to the cap, for methods that choose their budget.
@@ -118,6 +119,7 @@ CASES = [
         kernel=3,
         schedule=BOTH,
     ),
+    _case("infinipot-v", "infinipot-v-trigger", trigger=16, frame=1, frames=4, share=0.7),
     _case("hash-evict", "hash-evict-key-ragged", source="key", bits=30, layout="ragged"),
     _case("hash-evict", "hash-evict-each-step", schedule=BOTH),
     _case("snapkv", "snapkv-before-attend", schedule="after-prefill|before-attend"),
