@@ -156,6 +156,19 @@ def test_impossible_common_options(options: dict[str, Any], message: str) -> Non
         kvsieve.recipe("knorm", budget=100, **options)
 
 
+def test_methods_that_choose_take_the_budget_as_a_cap() -> None:
+    free = kvsieve.recipe("dbudgetkv")
+    assert free.dynamic and free.budget == kvsieve.recipe("dbudgetkv", budget=1.0).budget
+    assert Recipe.from_dict(free.to_dict()) == free
+    assert not kvsieve.recipe("snapkv", budget=100).dynamic
+    with pytest.raises(BudgetError, match="keeps 300 slots at least"):
+        kvsieve.recipe("conf-kv", budget=200, least=300)
+    shares = kvsieve.recipe("conf-kv", budget=0.5, least=30, recent=2)
+    shares.check_room(30, length=60)
+    with pytest.raises(BudgetError, match="keeps 30 slots at least"):
+        shares.check_room(29, length=58)
+
+
 @pytest.mark.parametrize(("name", "scope"), [("laprox", "model"), ("kvzip", "layer")])
 def test_what_waits_for_the_model_cannot_act_before_attention(name: str, scope: str) -> None:
     with pytest.raises(RecipeError, match="before it attends"):
@@ -188,6 +201,7 @@ def test_layouts() -> None:
         ("criticalkv", "full", "has no scores"),
         ("criticalkv", "nothing", "Unknown method 'nothing'"),
         ("criticalkv", "infinipot-v", "stages of its own"),
+        ("criticalkv", "conf-kv", "chooses its own budget"),
         ("adakv", "dbudgetkv", "'dbudgetkv' allocates itself"),
         ("chunkkv", "dbudgetkv", "chooses slots its own way"),
         ("threshold", "full", "'full' has no scores"),

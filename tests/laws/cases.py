@@ -20,6 +20,7 @@ SMALL = {"window": 4, "interval": 3, "future": 16, "chunk": 16, "sinks": 2, "ker
 SMALL |= {"lag": 4, "length": 4, "local": 5}
 # Options that mean something else to other methods.
 SMALL_OF: dict[str, dict[str, Any]] = {
+    "conf-kv": {"least": 7, "slack": 1, "recent": 3, "low": 3.0, "high": 6.0, "margin": 0.0},
     "dbudgetkv": {"tolerance": 0.6, "whole": 1},
     "distinct-keys": {"recent": 4},
     "hash-evict": {"recent": 3},
@@ -28,6 +29,7 @@ SMALL_OF: dict[str, dict[str, Any]] = {
 }
 # Options that leave the choice to the cap, for methods that choose their budget.
 AT_CAP: dict[str, dict[str, Any]] = {
+    "conf-kv": {"least": 1.0},
     "dbudgetkv": {"whole": 9},
     "threshold": {"threshold": float("-inf")},
 }
@@ -124,6 +126,7 @@ CASES = [
     _case("hash-evict", "hash-evict-each-step", schedule=BOTH),
     _case("snapkv", "snapkv-before-attend", schedule="after-prefill|before-attend"),
     _case("adakv", "adakv-before-attend", schedule="after-prefill|before-attend"),
+    _case("conf-kv", "conf-kv-ragged", layout="ragged", top=0.0, mass=0.5, slack=0),
 ]
 COMPRESSING = [case for case in CASES if case.compresses]
 
