@@ -23,6 +23,8 @@ RECIPES = {
     "streaming-llm": {},
     "keydiff": {"interval": 2},
     "h2o": {},
+    "hash-evict": {"sinks": 2, "recent": 3, "schedule": "after-prefill|each-step"},
+    "conf-kv": {"sinks": 2, "recent": 3, "window": 4, "least": 6, "low": 3.0, "slack": 0},
 }
 FORCED = torch.cat([prompt(50, seed)[:, -STEPS:] for seed in (0, 1)])
 
@@ -42,8 +44,13 @@ def skip_refused(family: str) -> None:
         pytest.skip("refused in this release, as asserted")
 
 
-def recipe(name: str) -> Recipe:
-    return kvsieve.recipe(name, budget=BUDGET, **RECIPES[name])
+def recipe(name: str, family: str) -> Recipe:
+    options: dict[str, Any] = dict(RECIPES[name])
+    if name == "hash-evict" and family in LATENT:
+        options["source"] = "key"  # queries and latents are not of one kind
+    elif name == "hash-evict":
+        options["schedule"] = "after-prefill|before-attend"
+    return kvsieve.recipe(name, budget=BUDGET, **options)
 
 
 def pair() -> tuple[list[Tensor], Tensor, Tensor]:
@@ -74,9 +81,9 @@ def test_full_equals_stock(family: str) -> None:
 def test_padded_row_equals_the_row_alone(family: str, name: str) -> None:
     skip_refused(family)
     model, (rows, ids, mask) = tiny(family), pair()
-    together = decode(model, recipe(name), ids, mask, steps=STEPS, forced=FORCED)
+    together = decode(model, recipe(name, family), ids, mask, steps=STEPS, forced=FORCED)
     for b, row in enumerate(rows):
-        alone = decode(model, recipe(name), row, steps=STEPS, forced=FORCED[b : b + 1])
+        alone = decode(model, recipe(name, family), row, steps=STEPS, forced=FORCED[b : b + 1])
         assert [row_of(held, b) for held in together.held] == alone.held
         for x, y in zip(together.logits, alone.logits, strict=True):
             assert x[b].argmax() == y[0].argmax()
@@ -89,7 +96,7 @@ def test_slots_and_bytes_shrink(family: str, name: str) -> None:
     skip_refused(family)
     model = tiny(family)
     full = decode(model, kvsieve.recipe("full"), prompt(40), steps=STEPS, forced=FORCED[:1])
-    trace = decode(model, recipe(name), prompt(40), steps=STEPS, forced=FORCED[:1])
+    trace = decode(model, recipe(name, family), prompt(40), steps=STEPS, forced=FORCED[:1])
     layers, heads = trace.counts[0].shape[::2]
     config = model.config.get_text_config()
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

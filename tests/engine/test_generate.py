@@ -15,7 +15,12 @@ from kvsieve import Recipe
 
 pytestmark = pytest.mark.oldest
 
-SMALL = {"snapkv": {"window": 4, "kernel": 3}, "h2o": {}, "adakv": {"window": 4, "kernel": 3}}
+SMALL = {
+    "snapkv": {"window": 4, "kernel": 3},
+    "h2o": {},
+    "adakv": {"window": 4, "kernel": 3},
+    "hash-evict": {"recent": 3},
+}
 
 
 def recipe(name: str = "snapkv", budget: int | float = 12) -> Recipe:

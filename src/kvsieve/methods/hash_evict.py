@@ -12,7 +12,8 @@ The number of bits that differ estimates the angle; the norm of a key has no par
 
 A decode step costs L D per head to hash its token and S codes to compare: no attention, and the
 step itself reads no more than the budget. A prompt is cut to its first and most recent tokens, as
-in the code. To feed a prompt's rest with eviction, give it token by token.
+in the code. To feed a prompt's rest with eviction, give it token by token (and no
+``prompt_length``).
 
 Differs from the paper: D sums over grouped queries (the paper has none). Among equal scores, which
 are frequent, the oldest goes (the code: the first slot). Slots stay in the order of their tokens.

@@ -35,7 +35,7 @@ from kvsieve.registry import find, method
     wraps=True,
 )
 def threshold(
-    *, scorer: str = "keydiff", threshold: float = -0.9, delay: int = 128, **options: Any
+    *, scorer: str = "keydiff", threshold: float = -0.8, delay: int = 128, **options: Any
 ) -> Recipe:
     """``scorer``: the method whose scores are used, with its own options; ``threshold``: tau, on
     the scale of those scores (keydiff's go from -1 to 1; -inf drops nothing); ``delay``: recent
