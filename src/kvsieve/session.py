@@ -32,11 +32,7 @@ class Session:
         slack = recipe.schedule.slack if recipe.schedule is not None else None
         columns = recipe.scorer.columns if recipe.scorer is not None else ()
         self.layers = [
-            LayerState(
-                info=info,
-                store=Store(columns, recipe.layout, slack),
-            )
-            for info in layers
+            LayerState(info=info, store=Store(columns, recipe.layout, slack)) for info in layers
         ]
         self.prompt_length = prompt_length
         self.logical = 0
@@ -187,6 +183,7 @@ class Session:
         """Score a layer that is due; decide, unless that takes layers still to come."""
         if not self._forward().due:
             return
+        step.budgets = self.decision.budgets(self._forward())
         if self.replay is not None:
             self._pending.append(Pending(ordinal=ordinal, scores=step.positions, step=step))
             return

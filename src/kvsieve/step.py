@@ -46,12 +46,9 @@ class LayerInfo:
         Raises:
             UnsupportedSignal: the attention module has no output matrix that is known.
         """
-        if self.output_projection is None:
-            raise UnsupportedSignal("This layer shows no output projection.")
-        project = self.output_projection
 
         def make() -> Tensor:
-            w_o = project().detach().float()
+            w_o = self.w_o().detach().float()
             w_o = w_o.sum(1, keepdim=True) if summed else w_o
             return w_o @ w_o.transpose(-1, -2)
 
@@ -62,6 +59,30 @@ class LayerInfo:
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
+
+    def root(self) -> Tensor:
+        """Return R ``[H, G, Dv, K]`` with ``||x R|| = ||x W_O||``, K <= Dv, in fp32, made once.
+
+        From the QR decomposition of ``W_O^T``: lengths and distances after the projection are
+        those of vectors no longer than a value.
+        """
+
+        def make() -> Tensor:
+            w_o = self.w_o().detach().float()
+            upper = torch.linalg.qr(w_o.transpose(-1, -2), mode="r").R
+            return upper.transpose(-1, -2).contiguous()
+
+        return self.once("root", make)
+
+    def w_o(self) -> Tensor:
+        """Return the output projection ``[H, G, Dv, C]``.
+
+        Raises:
+            UnsupportedSignal: the attention module has no output matrix that is known.
+        """
+        if self.output_projection is None:
+            raise UnsupportedSignal("This layer shows no output projection.")
+        return self.output_projection()
 
 
 @dataclass(kw_only=True)
@@ -74,7 +95,8 @@ class Step:
     rotary position minus ``positions``. ``replay`` is True while a prompt is being repeated: then
     ``replayed [B, 2]`` gives the span of positions that this forward repeats. ``earlier``: in a
     prompt part, the remembered queries ``[B, H, G, N, D]`` of forwards before it, their positions
-    ``[B, N]`` and which of them are valid; None: none are remembered.
+    ``[B, N]`` and which of them are valid; None: none are remembered. ``budgets [B]`` (CPU): mean
+    slots per head that each row may keep, known while a layer is scored.
     """
 
     layer: LayerInfo
@@ -91,6 +113,7 @@ class Step:
     earlier: tuple[Tensor, Tensor, Tensor] | None = None
     moments: QueryMoments | None = None
     replayed: Tensor | None = None
+    budgets: Tensor | None = None
     _windows: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -216,9 +239,7 @@ class Step:
         Raises:
             UnsupportedSignal: the attention module has no output matrix that is known.
         """
-        if self.layer.output_projection is None:
-            raise UnsupportedSignal("This layer shows no output projection.")
-        return self.layer.output_projection()
+        return self.layer.w_o()
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``cos, sin [B, ..., R]`` of the model at ``positions [B, ...]``.

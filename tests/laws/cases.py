@@ -108,6 +108,8 @@ CASES = [
     _case("distinct-keys", "distinct-keys-adaptive", adaptive=True),
     _case("distinct-keys", "distinct-keys-history", history=0.5),
     _case("laprox", "laprox-summed", gqa="sum_proj", pooled="score"),
+    _case("rest-kv", "rest-kv-drift", beta=4.0),
+    _case("rest-kv", "rest-kv-paper", form="paper", gqa="max"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
     _case("adakv", "adakv-above", schedule="above:15", layout="ragged"),
     _case("dbudgetkv", "dbudgetkv-attention", order="attention", metric="full", whole=0),

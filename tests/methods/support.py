@@ -220,6 +220,8 @@ def scores(layer: Layer, recipe: Recipe, ordinal: int = 0) -> list[list[Vector]]
     scorer = recipe.scorer
     assert scorer is not None
     step, store = table(layer, scorer, ordinal)
+    if recipe.budget is not None:
+        step.budgets = torch.full_like(store.seen, int(recipe.budget.value))
     return real_only(scorer.score(step, store), layer)
 
 
