@@ -18,6 +18,7 @@ from kvsieve.interfaces import Allocator, Compressor, Moment, Schedule, Scope, S
 from kvsieve.registry import find
 from kvsieve.schedules import parse_schedule
 from kvsieve.store import Layout
+from kvsieve.store.summary import Summarise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class Recipe:
     ``sinks``: first tokens of each row that stay; ``recent``: last tokens that stay, a number or
     (as a float) a share of the budget; ``protect``: spans ``(start, end)`` of token indices that
     stay, e.g. a system prompt. Protected slots count against the budget. ``fair``: spans that lose
-    the same share of their tokens as the rest (see ``kvsieve.fairness``). A recipe without a scorer
-    never compresses.
+    the same share of their tokens as the rest (see ``kvsieve.fairness``). ``summarise``: tables keep
+    a summary of what they drop. A recipe without a scorer never compresses.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Recipe:
     recent: int | float = 0
     protect: tuple[tuple[int, int], ...] = ()
     fair: tuple[tuple[int, int], ...] = ()
+    summarise: Summarise | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ class Recipe:
         own = {Signal.QUERY_WINDOW} if self.scorer.window else set()
         own |= {Signal.BEFORE_ATTEND} if self.acts_before else set()
         own |= self.allocator.needs if isinstance(self.allocator, Dynamic) else set()
+        own |= {Signal.VALUES} if self.summarise is not None else set()
         return self.scorer.needs | self.compressor.needs | own
 
     def recent_slots(self, budget: int) -> int:

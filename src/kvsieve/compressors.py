@@ -28,14 +28,19 @@ class Evict:
         keep_best(store, scores, counts)
 
 
-def keep_best(store: Store, scores: Tensor, counts: Tensor) -> None:
-    """Keep the best ``counts`` slots of every head, in slot order."""
+def keep_best(store: Store, scores: Tensor, counts: Tensor) -> Tensor:
+    """Keep the best ``counts`` slots of every head, in slot order; return which they were.
+
+    ``[B, H, largest count]``; behind a head's own count, entries are meaningless.
+    """
     chosen = top_mask(scores, counts.to(scores.device))
     # Unchosen slots sort behind the chosen ones; the store reads only the first `counts`.
     slots = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
     ordered = slots.masked_fill(~chosen, scores.shape[-1]).sort(-1).values
     width = int(counts.max()) if counts.numel() else 0
-    store.keep(ordered[..., :width].clamp_max(scores.shape[-1] - 1), counts)
+    index = ordered[..., :width].clamp_max(scores.shape[-1] - 1)
+    store.keep(index, counts)
+    return index
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,7 +91,7 @@ class Decision:
             heads=heads * len(self.layers),
             rows=rows,
             slack=store.slack or 0,
-            fixed=self._remembered_bytes(),
+            fixed=self._remembered_bytes() + len(self.layers) * heads * self._summary_bytes(),
         )
 
     def _remembered_bytes(self) -> int:
@@ -100,6 +100,13 @@ class Decision:
         if query is None or scorer is None:
             return 0
         return len(self.layers) * scorer.window * (query + 9)
+
+    def _summary_bytes(self) -> int:
+        """Bytes per row and head of the summary of dropped slots, as soon as it can be told."""
+        how, sizes, store = self.recipe.summarise, self.layers[0].info.sizes, self.layers[0].store
+        if sizes is None and store.slots:
+            sizes = (store.keys.shape[-1], store.values.shape[-1])
+        return 0 if how is None or sizes is None else how.nbytes(*sizes)
 
     def over(self, forward: Forward) -> Tensor:
         """Return the rows that are due and have seen more than their budget, ``[B]`` bool."""

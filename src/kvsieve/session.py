@@ -7,6 +7,7 @@ asks: a layer at once, a whole model when its last layer has been scored.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -31,9 +32,8 @@ class Session:
         self.recipe = recipe
         slack = recipe.schedule.slack if recipe.schedule is not None else None
         columns = recipe.scorer.columns if recipe.scorer is not None else ()
-        self.layers = [
-            LayerState(info=info, store=Store(columns, recipe.layout, slack)) for info in layers
-        ]
+        made = partial(Store, columns, recipe.layout, slack, recipe.summarise)
+        self.layers = [LayerState(info=info, store=made()) for info in layers]
         self.prompt_length = prompt_length
         self.logical = 0
         self.decoded = 0

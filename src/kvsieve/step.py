@@ -25,15 +25,16 @@ class LayerInfo:
     """What an engine knows about one attention layer.
 
     ``output_projection()`` returns ``[H, G, Dv, C]``; ``rotary`` gives the model's own rotation
-    tables. Either is None where the model has no such thing. ``heads`` and ``pair_bytes`` (one
-    key and one value) and ``query_bytes`` (one token's queries) let budgets in bytes be checked
-    before anything runs.
+    tables. Either is None where the model has no such thing. ``heads``, ``pair_bytes`` (one key and
+    one value), ``query_bytes`` (one token's queries) and ``sizes`` (numbers in a key and in a
+    value) let budgets in bytes be checked before anything runs.
     """
 
     ordinal: int
     heads: int | None = None
     pair_bytes: int | None = None
     query_bytes: int | None = None
+    sizes: tuple[int, int] | None = None
     output_projection: Callable[[], Tensor] | None = None
     rotary: Rotary | None = None
     _made: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)

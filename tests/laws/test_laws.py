@@ -454,12 +454,13 @@ def storages(value: Any, found: dict[int, int]) -> dict[int, int]:
 
 
 def table_bytes(session: Any) -> int:
-    """Bytes of everything that a session's tables hold, counts and starts left out."""
+    """Bytes of all that a session's tables hold, summaries too; counts and starts left out."""
     total: dict[int, int] = {}
     for layer in session.layers:
-        table = layer.store.table
+        table, summary = layer.store.table, layer.store.summary
         named = {k: v for k, v in vars(table).items() if k not in ("counts", "starts")}
         storages(named, total)
+        storages({} if summary is None else vars(summary), total)
     return sum(total.values())
 
 
@@ -531,13 +532,18 @@ def test_memory_goes_back_to_the_system(layout: Any) -> None:
 @each_family
 @each_compressing
 def test_compression_equals_masking_a_full_cache(case: Case, family: str) -> None:
-    check_oracle(run(family, case), build(family), [0, 1], ahead=case.recipe().acts_before)
+    how = case.recipe().summarise
+    parts = how.parts if how is not None and how.added else 0
+    ahead = case.recipe().acts_before
+    check_oracle(run(family, case), build(family), [0, 1], parts, ahead)
 
 
-def check_oracle(trace: Trace, twin: Any, layers: list[int], ahead: bool = False) -> None:
+def check_oracle(
+    trace: Trace, twin: Any, layers: list[int], parts: int = 0, ahead: bool = False
+) -> None:
     """``ahead``: a decode step attends to what is held after it, not to what was before."""
     ids, mask = batch()
-    oracle = Oracle(twin, layers)
+    oracle = Oracle(twin, layers, parts)
     close(oracle.forward(ids, mask, None), trace.logits[0])
     for step in range(STEPS):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)

@@ -47,10 +47,12 @@ def _options(method: Method) -> str:
 def _recipe(built: Recipe) -> dict[str, str]:
     if not built.compresses:
         return {"scorer": "none: every slot is kept, and no budget is taken"}
+    summary = {} if built.summarise is None else {"summary": _part(built.summarise)}
     return {
         "scorer": _part(built.scorer),
         "allocator": _part(built.allocator),
         "compressor": _part(built.compressor),
+        **summary,
         "schedule": str(built.schedule),
         "layout": built.layout,
         "budget per": built.scope.value + (", as a cap" if built.dynamic else ""),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ from kvsieve.interfaces import Column
 from kvsieve.store.attend import Visible, attend
 from kvsieve.store.dense import SPARE_SLOTS, Dense
 from kvsieve.store.ragged import Ragged
+from kvsieve.store.rows import storage_bytes
+from kvsieve.store.summary import Summarise, Summary
 
 Layout = Literal["dense", "ragged"]
 
@@ -54,11 +57,16 @@ class Store:
     ``seen [B]`` (CPU) counts the real tokens that have passed in each row: the logical length.
     ``slack``: slots above the budget that the schedule allows while decoding (None: unbounded).
     The slot counts say nothing about it. ``position [B, H, S]`` is each slot's index among its
-    row's real tokens.
+    row's real tokens. ``summarise``: ``keep`` takes what it drops into a ``summary`` (None until
+    something was dropped), which attention may add back.
     """
 
     def __init__(
-        self, columns: tuple[Column, ...] = (), layout: Layout = "dense", slack: int | None = None
+        self,
+        columns: tuple[Column, ...] = (),
+        layout: Layout = "dense",
+        slack: int | None = None,
+        summarise: Summarise | None = None,
     ) -> None:
         self.schema = {column.name: column for column in columns}
         self.layout: Layout = layout
@@ -69,6 +77,8 @@ class Store:
         self.table: Dense | Ragged = Dense()
         self.seen = torch.zeros(0, dtype=torch.int64)
         self.removed = 0
+        self.summarise = summarise
+        self.summary: Summary | None = None
 
     # -- what is stored ------------------------------------------------------------------------
 
@@ -127,8 +137,9 @@ class Store:
         return self.table.version
 
     def nbytes(self) -> int:
-        """Bytes of the storages of this layer, spare capacity and columns included."""
-        return self.table.nbytes()
+        """Bytes of the storages of this layer: spare capacity, columns and summary included."""
+        summary = [] if self.summary is None else self.summary.tensors()
+        return self.table.nbytes() + storage_bytes(summary)
 
     # -- how it changes ------------------------------------------------------------------------
 
@@ -163,6 +174,8 @@ class Store:
         ``index`` ascends within its first ``counts [B, H]`` entries, so that order is kept.
         """
         self.removed += int((self.counts - counts).sum())
+        if self.summarise is not None:
+            self._remember(self.summarise, index, counts)
         table = self.table
         if isinstance(table, Dense) and self.layout == "ragged":
             names = ["keys", "values", *(n for n in table.columns if n != "live")]
@@ -176,6 +189,17 @@ class Store:
             self.table.version += table.version
         else:
             table.keep(index, counts, self.spare)
+
+    def _remember(self, how: Summarise, index: Tensor, counts: Tensor) -> None:
+        """Take into the summary every live slot that is not among those to be kept."""
+        keys, values = self.keys, self.values
+        inside = torch.arange(index.shape[-1]) < counts[:, :, None]
+        kept = torch.zeros(keys.shape[:3], dtype=torch.int32, device=index.device)
+        kept.scatter_add_(2, index, inside.to(kept))  # the rest of the index may name any slot
+        gone = (kept == 0) if self.live is None else (kept == 0) & self.live
+        if self.summary is None:
+            self.summary = Summary(how, keys, values)
+        self.summary.take_in(keys, values, self["position"], gone, self.seen)
 
     def mark(self) -> tuple[Tensor, int | Tensor]:
         """Return a mark to roll back to, as long as nothing is removed in between."""
@@ -191,6 +215,8 @@ class Store:
         """Replace the batch by rows ``index`` of it (repetition allowed)."""
         self.seen = self.seen.index_select(0, index.cpu())
         self.table.select_rows(index)
+        if self.summary is not None:
+            self.summary.select_rows(index)
 
     # -- how it is read ------------------------------------------------------------------------
 
@@ -213,7 +239,11 @@ class Store:
         what it caches (latent attention).
         """
         T = query.shape[3]
-        plain = keys is None and sinks is None and softcap is None
+        answer = None
+        if self.summary is not None and self.summary.how.added:
+            assert keys is None, "latents have no moments: a summary needs values"
+            answer = partial(self.summary.answer, scale=scale, softcap=softcap)
+        plain = keys is None and sinks is None and softcap is None and answer is None
         if T == 1 and plain and isinstance(self.table, Ragged) and query.device.type == "cpu":
             if bool((self.counts > 0).all()):
                 return self.table.attend_one(query[:, :, :, 0], scale).unsqueeze(3)
@@ -237,6 +267,7 @@ class Store:
             causal=fresh and T > 1,
             sinks=sinks,
             softcap=softcap,
+            answer=answer,
         )
 
     def _visible(

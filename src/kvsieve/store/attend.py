@@ -15,6 +15,10 @@ BLOCK_ELEMENTS = 1 << 24
 # From this many slots on, over all rows, fp32 decode attention on a CPU is done by matrix products.
 LONG = 2048
 
+Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""What is known of slots that are no more: queries ``[B, H, G, t, D]`` -> N further logits for each
+of them ``[B, H, G, t, N]``, and values ``[B, H, G, t, N, Dv]``."""
+
 Visible = Callable[[int, int], Tensor]
 """``visible(t0, t1)``: which slots queries t0..t1 may see, bool ``[B, 1 or H, t1 - t0, S]``."""
 
@@ -29,6 +33,7 @@ def attend(
     causal: bool = False,
     sinks: Tensor | None = None,
     softcap: float | None = None,
+    answer: Answer | None = None,
 ) -> Tensor:
     """Return the attention output ``[B, H, G, T, Dv]`` of ``query [B, H, G, T, D]``.
 
@@ -39,9 +44,10 @@ def attend(
         causal: query t sees slots 0..t; needs S == T and no ``visible``.
         sinks: one extra logit per query head ``[H, G]`` that takes mass and gives no value.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
+        answer: further logits and values, which depend on the query.
     """
-    if sinks is not None or softcap is not None:
-        return _attend_plain(query, keys, values, scale, visible, causal, sinks, softcap)
+    if sinks is not None or softcap is not None or answer is not None:
+        return _attend_plain(query, keys, values, scale, visible, causal, sinks, softcap, answer)
     B, H, G, T, _ = query.shape
     if T == 1:
         mask = None if visible is None else visible(0, 1)
@@ -88,8 +94,9 @@ def _attend_plain(
     causal: bool,
     sinks: Tensor | None,
     softcap: float | None,
+    answer: Answer | None,
 ) -> Tensor:
-    """The same written out, softmax in fp32: for sinks and soft-capped logits."""
+    """The same written out, softmax in fp32: for sinks, soft-capped logits and answers."""
     B, H, G, T, _ = query.shape
     S = keys.shape[2]
     out = query.new_empty(B, H, G, T, values.shape[-1])
@@ -106,8 +113,15 @@ def _attend_plain(
         if sinks is not None:
             extra = sinks.float().view(1, H, G, 1, 1).expand(B, H, G, t1 - t0, 1)
             logits = torch.cat([logits, extra], -1)
-        weights = logits.softmax(-1)[..., :S].to(values.dtype)
-        out[:, :, :, t0:t1] = torch.einsum("bhgts,bhsd->bhgtd", weights, values)
+        if answer is None:
+            weights = logits.softmax(-1)[..., :S].to(values.dtype)
+            out[:, :, :, t0:t1] = torch.einsum("bhgts,bhsd->bhgtd", weights, values)
+            continue
+        more, theirs = answer(query[:, :, :, t0:t1])  # [B, H, G, t, N], [B, H, G, t, N, Dv]
+        weights = torch.cat([logits, more], -1).softmax(-1)
+        held = weights[..., :S].to(values.dtype)
+        added = (weights[..., -more.shape[-1] :, None] * theirs).sum(-2)
+        out[:, :, :, t0:t1] = torch.einsum("bhgts,bhsd->bhgtd", held, values) + added
     return out
 
 

@@ -44,29 +44,32 @@ class ModelView:
 
     def layer_infos(self) -> list[LayerInfo]:
         """Return one description per compressible layer, in order."""
-        heads, pair_bytes, query_bytes = self._geometry()
+        geometry = self._geometry()
         return [
             LayerInfo(
                 ordinal=ordinal,
-                heads=heads,
-                pair_bytes=pair_bytes,
-                query_bytes=query_bytes,
+                **geometry,
                 output_projection=self._projection(index),
                 rotary=None if self.latent else _rotary(self, index),
             )
             for ordinal, index in enumerate(self.compressible)
         ]
 
-    def _geometry(self) -> tuple[int | None, int | None, int | None]:
-        """Return KV heads, bytes of a key and value, and of a token's queries; not for latents."""
+    def _geometry(self) -> dict[str, Any]:
+        """Return what layer infos say of sizes and bytes; nothing for latents."""
         if self.latent:
-            return None, None, None
+            return {}
         config = self.config
         Hq = config.num_attention_heads
         D = getattr(config, "head_dim", None) or config.hidden_size // Hq
         heads = getattr(config, "num_key_value_heads", None) or Hq
         vector = D * self.model.dtype.itemsize
-        return heads, 2 * vector, Hq * vector
+        return {
+            "heads": heads,
+            "pair_bytes": 2 * vector,
+            "query_bytes": Hq * vector,
+            "sizes": (D, D),
+        }
 
     def _projection(self, index: int) -> Callable[[], Tensor] | None:
         module = self.modules.get(index)
