@@ -66,9 +66,10 @@ def decode(
     prompt_length: int | None = None,
     forced: Tensor | None = None,
     keep_open: bool = False,
+    traced: bool = False,
 ) -> Trace:
     """Feed a prompt (in chunks) and decode greedily, or along ``forced [B, steps]``."""
-    cache = kvsieve.Cache(model, recipe, prompt_length=prompt_length)
+    cache = kvsieve.Cache(model, recipe, prompt_length=prompt_length, trace=traced)
     mask = torch.ones_like(ids) if mask is None else mask
     trace = Trace(tokens=ids[:, :0], cache=cache)
     bounds = [0, *torch.tensor(chunks or [ids.shape[1]]).cumsum(0).tolist()]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvsieve.errors import EngineError
 from kvsieve.store import Store
+from kvsieve.trace import Trace
 
 if TYPE_CHECKING:
     from kvsieve.session import Session
@@ -88,6 +89,7 @@ class Report:
     ``seconds``: ``prefill`` and ``decode`` are wall-clock; ``compress`` is a part of both.
     ``chosen[row]``: of a method that chooses its budget (``budget`` is then the cap), after each of
     its decisions the tokens that had passed and the mean slots per head that it kept; else None.
+    ``trace``: which positions stayed at every event, if it was asked for; no part of ``to_dict``.
     """
 
     method: str
@@ -102,6 +104,7 @@ class Report:
     decode_steps: int
     seconds: dict[str, float]
     chosen: list[list[tuple[int, float]]] | None = None
+    trace: Trace | None = None
 
     @property
     def chosen_share(self) -> float | None:
@@ -139,6 +142,7 @@ class Report:
             decode_steps=session.decode_steps,
             seconds=dict(session.watch.seconds),
             chosen=None if session.chosen is None else session.chosen.rows,
+            trace=session.trace,
         )
         if session.owed and not report.removed:
             raise EngineError(

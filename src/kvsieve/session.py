@@ -21,13 +21,18 @@ from kvsieve.replay import Replay
 from kvsieve.report import Chosen, Report, Stopwatch
 from kvsieve.step import LayerInfo, Step
 from kvsieve.store import Arrival, Store
+from kvsieve.trace import Trace
 
 
 class Session:
     """One batch of sequences under one recipe: tables, schedule counters, measurements."""
 
     def __init__(
-        self, recipe: Recipe, layers: list[LayerInfo], prompt_length: int | None = None
+        self,
+        recipe: Recipe,
+        layers: list[LayerInfo],
+        prompt_length: int | None = None,
+        trace: bool = False,
     ) -> None:
         self.recipe = recipe
         slack = recipe.schedule.slack if recipe.schedule is not None else None
@@ -35,21 +40,16 @@ class Session:
         made = partial(Store, columns, recipe.layout, slack, recipe.summarise)
         self.layers = [LayerState(info=info, store=made()) for info in layers]
         self.prompt_length = prompt_length
-        self.logical = 0
-        self.decoded = 0
-        self.decode_steps = 0
-        self.owed = False
-        self.broken = False
+        self.logical = self.decoded = self.decode_steps = self.events = 0
+        self.bytes_peak = self.bytes_full = self._bytes = 0
+        self.owed = self.broken = False
         self.offset: Tensor | None = None
         self.current: Forward | None = None
         self.replay = Replay(recipe.scorer) if Signal.REPLAY in recipe.needs else None
-        self.events = 0
-        self.bytes_peak = 0
-        self.bytes_full = 0
+        self.trace = Trace() if trace else None
         self.watch = Stopwatch()
         self.chosen = Chosen() if recipe.dynamic else None
         self.outlook = Outlook(recipe.method) if Signal.LOGITS in recipe.needs else None
-        self._bytes = 0
         self._pending: list[Pending] = []
         self.decision = Decision(recipe, self.layers)
         self.decision.check_bytes()
@@ -246,6 +246,8 @@ class Session:
         for layer in self.decision.decide(self._forward(), waiting):
             self.events += 1
             self._measure(layer, replacing=True)
+            if self.trace is not None:
+                self.trace.record(layer.info.ordinal, self.decoded, layer.store)
         for pending in waiting:
             self.layers[pending.ordinal].decided(self.decision.owing(self._forward()))
 
@@ -284,7 +286,8 @@ class Session:
     def reset(self, ordinal: int) -> None:
         """Forget a layer's tokens; with the first layer, all counters too."""
         if ordinal == 0:
-            self.__init__(self.recipe, [x.info for x in self.layers], self.prompt_length)
+            infos, trace = [x.info for x in self.layers], self.trace is not None
+            self.__init__(self.recipe, infos, self.prompt_length, trace)
 
     @property
     def replaying(self) -> bool:

@@ -26,9 +26,11 @@ class Run:
     Use it as a context manager, once. ``report`` is that of the latest batch, ``reports`` all.
     """
 
-    def __init__(self, model: Any, recipe: Recipe, prompt_length: int | None = None) -> None:
+    def __init__(
+        self, model: Any, recipe: Recipe, prompt_length: int | None = None, trace: bool = False
+    ) -> None:
         self.recipe = recipe
-        self._prompt_length = prompt_length
+        self._prompt_length, self._trace = prompt_length, trace
         self._installation: Installation = installation(model)
         self._installation.view.check(recipe)
         new_session(self._installation.view, recipe, prompt_length)  # refuses what can't work
@@ -64,7 +66,7 @@ class Run:
 
     def _adopt(self, cache: DynamicCache) -> Session:
         view = self._installation.view
-        session = new_session(view, self.recipe, self._prompt_length)
+        session = new_session(view, self.recipe, self._prompt_length, self._trace)
         sieve_layers(cache, view, session)
         self._followed.append((session, cache.layers))
         return session
@@ -94,7 +96,9 @@ class Run:
         return reports[-1]
 
 
-def attach(model: Any, recipe: Recipe, *, prompt_length: int | None = None) -> Run:
+def attach(
+    model: Any, recipe: Recipe, *, prompt_length: int | None = None, trace: bool = False
+) -> Run:
     """Return a context in which every new cache of ``model`` is kept under ``recipe``.
 
     Args:
@@ -102,12 +106,13 @@ def attach(model: Any, recipe: Recipe, *, prompt_length: int | None = None) -> R
         recipe: from ``kvsieve.recipe``.
         prompt_length: tokens of the prompt, where it comes in chunks: compression after prefill
             then waits for all of them (as in one shot) instead of following each chunk.
+        trace: record which positions stay at every event, as ``report.trace``.
 
     Raises:
         EngineError: a model that can't be compressed.
         UnsupportedSignal: the method needs something that this model can't show.
     """
-    return Run(model, recipe, prompt_length)
+    return Run(model, recipe, prompt_length, trace)
 
 
 class Cache(DynamicCache):
@@ -115,18 +120,26 @@ class Cache(DynamicCache):
 
     The model is switched over while any such cache is open; ``close()`` (or leaving a ``with``
     block) switches it back. Other caches of the same model keep working meanwhile.
+    ``prompt_length`` and ``trace`` as in ``attach``.
 
     Raises:
         EngineError: a model that can't be compressed.
         UnsupportedSignal: the method needs something that this model can't show.
     """
 
-    def __init__(self, model: Any, recipe: Recipe, *, prompt_length: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        recipe: Recipe,
+        *,
+        prompt_length: int | None = None,
+        trace: bool = False,
+    ) -> None:
         self._installation = installation(model)
         view = self._installation.view
         view.check(recipe)
         super().__init__(config=view.config)
-        self.session = new_session(view, recipe, prompt_length)
+        self.session = new_session(view, recipe, prompt_length, trace)
         sieve_layers(self, view, self.session)
         self._installation.acquire()
         self._open = True

@@ -219,6 +219,8 @@ def installation(model: Any) -> Installation:
     return _installations[model]
 
 
-def new_session(view: ModelView, recipe: Recipe, prompt_length: int | None) -> Session:
+def new_session(
+    view: ModelView, recipe: Recipe, prompt_length: int | None, trace: bool = False
+) -> Session:
     """Return a session for one batch on this model."""
-    return Session(recipe, view.layer_infos(), prompt_length)
+    return Session(recipe, view.layer_infos(), prompt_length, trace)
