@@ -10,8 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kvsieve.allocators import Dynamic, TopK, Uniform
-from kvsieve.budget import Budget
+from kvsieve.budget import Budget, Geometry
 from kvsieve.compressors import Evict
 from kvsieve.errors import BudgetError, RecipeError, UnsupportedLayout, choices
 from kvsieve.interfaces import Allocator, Compressor, Moment, Schedule, Scope, Scorer, Signal
@@ -28,7 +31,8 @@ class Recipe:
     ``sinks``: first tokens of each row that stay; ``recent``: last tokens that stay, a number or
     (as a float) a share of the budget; ``protect``: spans ``(start, end)`` of token indices that
     stay, e.g. a system prompt. Protected slots count against the budget. ``fair``: spans that lose
-    the same share of their tokens as the rest (see ``kvsieve.fairness``). ``summarise``: tables keep
+    the same share of their tokens as the rest (see ``kvsieve.fairness``). ``ratio``: a budget in
+    slots grows with the row, to that share of what it has seen at least. ``summarise``: tables keep
     a summary of what they drop. A recipe without a scorer never compresses.
     """
 
@@ -43,6 +47,7 @@ class Recipe:
     recent: int | float = 0
     protect: tuple[tuple[int, int], ...] = ()
     fair: tuple[tuple[int, int], ...] = ()
+    ratio: float = 0.0
     summarise: Summarise | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,8 +68,15 @@ class Recipe:
         self._check_fair()
         if self.acts_before:
             self._check_moment()
+        if not 0 <= self.ratio < 1:
+            raise RecipeError(f"ratio={self.ratio}: a share of the tokens seen, from 0 to below 1.")
         if self.budget is not None and self.budget.kind == "slots":
             self.check_room(int(self.budget.value))
+        elif self.budget is not None and self.ratio:
+            raise RecipeError(
+                f"ratio={self.ratio} lets a budget in slots grow, and {self.budget} is none. Give "
+                "the budget as a number of slots, or leave ratio out."
+            )
 
     def _check_fair(self) -> None:
         ordered = sorted(self.fair)
@@ -120,6 +132,16 @@ class Recipe:
         recent = int(self.recent * budget) if isinstance(self.recent, float) else self.recent
         # A token that has not attended yet is to see itself at least.
         return max(recent, 1) if self.acts_before else recent
+
+    def budgets(self, lengths: Tensor, geometry: Geometry) -> Tensor:
+        """Return slots per head of rows that have seen ``lengths`` tokens (both ``[B]`` int64).
+
+        Raises:
+            BudgetError: bytes that don't hold one slot per head.
+        """
+        assert self.budget is not None, "a recipe that compresses has a budget"
+        grown = (lengths.double() * self.ratio + 1e-9).floor().to(lengths.dtype)
+        return torch.maximum(self.budget.slots(lengths, geometry), grown)
 
     def check_room(self, budget: int, length: int | None = None) -> None:
         """Check that a budget leaves room beside what is protected, in a row of ``length`` tokens.

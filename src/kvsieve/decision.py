@@ -52,7 +52,7 @@ class Decision:
         geometry = self.geometry(len(lengths))
         if self.recipe.budget is None or geometry is None:
             return
-        budgets = self.recipe.budget.slots(lengths, geometry)
+        budgets = self.recipe.budgets(lengths, geometry)
         for length, budget in zip(lengths.tolist(), budgets.tolist(), strict=True):
             self.recipe.check_room(budget, length)
 
@@ -71,10 +71,9 @@ class Decision:
         """
         store = self.layers[0].store
         if forward.budgets is None:
-            assert self.recipe.budget is not None, "a recipe that compresses has a budget"
             geometry = self.geometry(store.seen.numel())
             assert geometry is not None, "known as soon as something is stored"
-            forward.budgets = self.recipe.budget.slots(store.seen, geometry)
+            forward.budgets = self.recipe.budgets(store.seen, geometry)
         return forward.budgets
 
     def geometry(self, rows: int) -> Geometry | None:

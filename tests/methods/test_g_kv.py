@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from .support import (
     expected,
     from_attention,
     kept,
+    mean,
     neighbours,
     rows,
     scores,
@@ -30,7 +32,7 @@ from .test_r_kv import importance, redundancy
 W = 3
 
 
-def recipe(budget: int = 7, **options: object) -> kvsieve.Recipe:
+def recipe(budget: int = 7, **options: Any) -> kvsieve.Recipe:
     return kvsieve.recipe("g-kv", budget=budget, window=W, **options)
 
 
@@ -190,7 +192,60 @@ def test_left_padding_changes_nothing() -> None:
     assert kept(recipe(), padded)[1] == kept(recipe(), alone)[1]
 
 
-@pytest.mark.parametrize("wrong", [{"decay": 1.5}, {"importance": -0.1}, {"smoothing": "min"}])
-def test_refuses_what_has_no_meaning(wrong: dict[str, object]) -> None:
+@pytest.mark.parametrize("pooling", ["avg", "max", "none"])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_pooling_and_normalisation(pooling: str, normalise: bool) -> None:
+    """Pooled are the scores that count now; those that are carried are not."""
+    layer = draw(S=16, D=3, padding=(0, 4), seed=7)
+    made = recipe(pooling=pooling, kernel=3, normalise=normalise)
+    join = {"avg": mean, "max": max, "none": lambda xs: xs[1]}[pooling]
+
+    def formula(row: Row, h: int) -> Vector:
+        fresh, repeated = importance(row, h), redundancy(row.k[h])[: row.n - W]
+        if normalise:
+            fresh = [x / max(fresh) for x in fresh]
+            repeated = [x / max(repeated) for x in repeated]
+        pooled = [join(neighbours(fresh, i, 3)) for i in range(len(fresh))]
+        return [0.5 * p - 0.5 * r for p, r in zip(pooled, repeated, strict=True)] + [0.0] * W
+
+    assert_close(scores(layer, made), expected(layer, formula), cut=W)
+    assert made.scorer is not None
+    step, store = table(layer, made.scorer)
+    made.scorer.score(step, store)
+    carried = importance(rows(layer)[0], 1)
+    wanted = [x / max(carried) for x in carried] if normalise else carried
+    assert store["global"][0, 1, :-W].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_budget_grows_to_a_share_of_what_was_seen() -> None:
+    """max(b, floor(ratio n)), row by row, at every event."""
+    layer = draw(S=40, D=3, padding=(0, 11), seed=8)
+    run = Run(recipe(budget=7, interval=4, ratio=0.3), layer.part(0, 24))
+    assert [len(row[0]) for row in run.kept()] == [7, 7]
+    for seen in range(25, 41):
+        run.feed(layer.part(seen - 1, seen))
+        if seen % 4 == 0:
+            want = [max(7, int(0.3 * (seen - padding))) for padding in (0, 11)]
+            assert [[len(head) for head in row] for row in run.kept()] == [[n] * 2 for n in want]
+    assert [len(row[0]) for row in run.kept()] == [12, 8]
+
+
+def test_ratio_is_for_budgets_in_slots() -> None:
+    with pytest.raises(RecipeError, match="slots"):
+        kvsieve.recipe("g-kv", budget=0.5, ratio=0.3)
+    assert recipe(ratio=0.3).ratio == 0.3
+
+
+WRONG: list[dict[str, Any]] = [
+    {"decay": 1.5},
+    {"importance": -0.1},
+    {"smoothing": "min"},
+    {"pooling": "sum"},
+]
+WRONG += [{"kernel": 4}, {"ratio": 1.0}, {"ratio": -0.1}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_refuses_what_has_no_meaning(wrong: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         recipe(**wrong)

@@ -4,15 +4,18 @@ Cache Eviction with Global Attention", arXiv 2512.00504).
     F_i = mean over the last W queries t of max over the group of A[t, i],  divided by max_j F_j
     S_i = max(alpha S_i(old), F_i)                    for slots scored before, else F_i
     R_i = redundancy as in R-KV, divided by its maximum
-    score_i = lambda S_i - (1 - lambda) R_i
+    score_i = lambda pool_i(S) - (1 - lambda) R_i
 
 A: softmax attention over all slots; the W window tokens are protected and not scored. S is carried
-with the slot (column ``global``). At the end of the prompt and at every ``interval``-th decode
-step; between them nothing is computed but a ring of W queries.
+with the slot (column ``global``), before pooling, which is off as in the paper. At the end of the
+prompt and at every ``interval``-th decode step; between them nothing is computed but a ring of W
+queries. An event costs O(S^2 D) for R, in tiles, and O(G W S D) for A.
 
-Differs from the paper: scores are in fp32. Ties go to the earlier slot. ``smoothing`` also offers
-the paper's ``mean`` (alpha S + (1 - alpha) F) and ``sum`` (alpha S + F). The released code can do
-without the division by the maximum; here only r-kv, which carries no score, does so.
+``smoothing``: ``max`` as above, ``mean`` alpha S + (1 - alpha) F, ``sum`` alpha S + F (with alpha 1
+and W 1 the sum of H2O, taken at events only). ``ratio``: the budget of a row that has seen n tokens
+is max(b, floor(ratio n)). ``normalise=False`` leaves out both divisions by the maximum.
+
+Differs from the paper: scores are in fp32. Ties go to the earlier slot. Average pooling is ours.
 """
 
 from __future__ import annotations
@@ -28,7 +31,14 @@ from kvsieve.errors import RecipeError
 from kvsieve.interfaces import Column, ScorerDefaults
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill, Every
-from kvsieve.scoring import before_window, divide_by_peak, pool, redundancy
+from kvsieve.scoring import (
+    Pooling,
+    before_window,
+    check_kernel,
+    divide_by_peak,
+    pool,
+    redundancy,
+)
 from kvsieve.step import Step
 from kvsieve.store import Store
 
@@ -45,12 +55,19 @@ class GlobalAttention(ScorerDefaults):
     threshold: float
     smoothing: Smoothing
     kernel: int
+    pooling: Pooling
+    normalise: bool
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay <= 1 or not 0 <= self.importance <= 1:
             raise RecipeError("g-kv: decay and importance are shares from 0 to 1.")
         if self.smoothing not in ("max", "mean", "sum"):
             raise RecipeError(f"g-kv: smoothing={self.smoothing!r}; possible: max, mean, sum.")
+        if self.queries < 1:
+            raise RecipeError(f"g-kv: window={self.queries}; it must hold 1 query or more.")
+        check_kernel(self.kernel)
+        if self.pooling not in ("avg", "max", "none"):
+            raise RecipeError(f"g-kv: pooling={self.pooling!r}; possible: avg, max, none.")
 
     @property
     def window(self) -> int:
@@ -64,13 +81,16 @@ class GlobalAttention(ScorerDefaults):
         inside = before_window(store, self.queries)
         weights = step.attention(store, self.queries).amax(2)  # [B, H, W, S]
         valid = step.window(self.queries)[2].sum(1).clamp_min(1)
-        local = divide_by_peak(weights.sum(2) / valid[:, None, None], inside)
+        local = self._scaled(weights.sum(2) / valid[:, None, None], inside)
         old = store["global"]
         merged = torch.where(old < 0, local, self._merge(old, local))
         store["global"] = torch.where(inside, merged, -1.0)
-        pooled = pool(merged, inside, self.kernel, "max" if self.kernel > 1 else "none")
-        repeated = divide_by_peak(redundancy(store, self.threshold), inside)
+        pooled = pool(merged, inside, self.kernel, self.pooling)
+        repeated = self._scaled(redundancy(store, self.threshold), inside)
         return self.importance * pooled - (1 - self.importance) * repeated
+
+    def _scaled(self, scores: Tensor, inside: Tensor) -> Tensor:
+        return divide_by_peak(scores, inside) if self.normalise else scores
 
     def _merge(self, old: Tensor, local: Tensor) -> Tensor:
         if self.smoothing == "max":
@@ -95,9 +115,13 @@ def g_kv(
     threshold: float = 0.5,
     smoothing: Smoothing = "max",
     kernel: int = 1,
+    pooling: Pooling = "max",
+    normalise: bool = True,
+    ratio: float = 0.0,
     interval: int = 128,
 ) -> Recipe:
-    """``decay``: alpha; ``importance``: lambda; ``kernel``: max-pooling of scores (1: off)."""
+    """``decay``: alpha; ``importance``: lambda; ``kernel``, ``pooling``: of scores (kernel 1: off);
+    ``ratio``: least share of a row's tokens kept, with a budget in slots."""
     scorer = GlobalAttention(
         queries=window,
         decay=decay,
@@ -105,6 +129,8 @@ def g_kv(
         threshold=threshold,
         smoothing=smoothing,
         kernel=kernel,
+        pooling=pooling,
+        normalise=normalise,
     )
     schedule = AfterPrefill() | Every(interval)
-    return Recipe(method="g-kv", scorer=scorer, schedule=schedule, recent=window)
+    return Recipe(method="g-kv", scorer=scorer, schedule=schedule, recent=window, ratio=ratio)
