@@ -20,6 +20,7 @@ from kvsieve.errors import BudgetError, RecipeError, UnsupportedLayout, choices
 from kvsieve.interfaces import Allocator, Compressor, Moment, Schedule, Scope, Scorer, Signal
 from kvsieve.registry import find
 from kvsieve.schedules import parse_schedule
+from kvsieve.shares import Shares
 from kvsieve.store import Layout
 from kvsieve.store.summary import Summarise
 
@@ -259,7 +260,9 @@ def _finish(
     layout = common.pop("layout", built.layout)
     finished = dataclasses.replace(built, budget=budget, layout=layout, options=options, **common)
     allocator = finished.allocator
-    uneven = isinstance(allocator, TopK) or (isinstance(allocator, Dynamic) and allocator.uneven)
+    uneven = isinstance(allocator, TopK | Shares) or (
+        isinstance(allocator, Dynamic) and allocator.uneven
+    )
     if uneven and layout == "dense" and "layout" in options:
         raise UnsupportedLayout(
             f"{built.method!r} gives heads unequal numbers of slots, which a dense layout can't "

@@ -15,7 +15,9 @@ from kvsieve.errors import RecipeError, UnknownMethod, choices
 if TYPE_CHECKING:
     from kvsieve.compose import Recipe
 
-Certainty = Literal["paper and code", "code", "paper", "secondary description", "own"]
+Certainty = Literal[
+    "paper and code", "code", "paper", "secondary description", "in the style of", "own"
+]
 
 
 @dataclass(frozen=True, kw_only=True)

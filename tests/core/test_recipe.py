@@ -13,6 +13,7 @@ from kvsieve import Recipe, registry
 from kvsieve.allocators import Dynamic, TopK
 from kvsieve.errors import BudgetError, RecipeError, UnknownMethod, UnsupportedLayout
 from kvsieve.interfaces import Scope, Signal
+from kvsieve.shares import Shares
 
 BUDGET = 4096
 
@@ -35,7 +36,9 @@ def test_every_method_builds_and_reads_back(name: str) -> None:
         assert recipe.scope in Scope
         assert all(isinstance(signal, Signal) for signal in recipe.needs)
         allocator = recipe.allocator
-        uneven = allocator.uneven if isinstance(allocator, Dynamic) else isinstance(allocator, TopK)
+        uneven = isinstance(allocator, TopK | Shares) or (
+            isinstance(allocator, Dynamic) and allocator.uneven
+        )
         assert (recipe.layout == "ragged") == uneven
 
 
