@@ -17,8 +17,18 @@ from kvsieve.allocators import Dynamic, TopK, Uniform
 from kvsieve.budget import Budget, Geometry
 from kvsieve.compressors import Evict
 from kvsieve.errors import BudgetError, RecipeError, UnsupportedLayout, choices
-from kvsieve.interfaces import Allocator, Compressor, Moment, Schedule, Scope, Scorer, Signal
+from kvsieve.interfaces import (
+    Allocator,
+    Column,
+    Compressor,
+    Moment,
+    Schedule,
+    Scope,
+    Scorer,
+    Signal,
+)
 from kvsieve.registry import find
+from kvsieve.rerotation import COLUMN
 from kvsieve.schedules import parse_schedule
 from kvsieve.shares import Shares
 from kvsieve.store import Layout
@@ -34,7 +44,8 @@ class Recipe:
     stay, e.g. a system prompt. Protected slots count against the budget. ``fair``: spans that lose
     the same share of their tokens as the rest (see ``kvsieve.fairness``). ``ratio``: a budget in
     slots grows with the row, to that share of what it has seen at least. ``summarise``: tables keep
-    a summary of what they drop. A recipe without a scorer never compresses.
+    a summary of what they drop. ``rerotate``: kept keys move up to one another, as if what was
+    removed had never been there. A recipe without a scorer never compresses.
     """
 
     method: str
@@ -50,6 +61,7 @@ class Recipe:
     fair: tuple[tuple[int, int], ...] = ()
     ratio: float = 0.0
     summarise: Summarise | None = None
+    rerotate: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,9 +136,24 @@ class Recipe:
             return frozenset()
         own = {Signal.QUERY_WINDOW} if self.scorer.window else set()
         own |= {Signal.BEFORE_ATTEND} if self.acts_before else set()
-        own |= self.allocator.needs if isinstance(self.allocator, Dynamic) else set()
         own |= {Signal.VALUES} if self.summarise is not None else set()
+        own |= {Signal.REROTATION} if self.rerotate else set()
+        own |= self.allocator.needs if isinstance(self.allocator, Dynamic) else set()
         return self.scorer.needs | self.compressor.needs | own
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What tables carry for the parts."""
+        own = () if self.scorer is None else self.scorer.columns
+        return (*own, COLUMN) if self.rerotate and self.compresses else own
+
+    @property
+    def uneven(self) -> bool:
+        """Whether heads of a layer may keep unequal numbers of slots."""
+        allocator = self.allocator
+        if isinstance(allocator, Dynamic):
+            return allocator.uneven
+        return isinstance(allocator, TopK | Shares)
 
     def recent_slots(self, budget: int) -> int:
         """Return how many recent tokens are protected within a budget of that many slots."""
@@ -204,7 +231,7 @@ class Recipe:
             raise RecipeError(f"Can't read the recipe {str(path)!r}: {error}") from error
 
 
-COMMON = ("schedule", "layout", "sinks", "recent", "protect", "fair")
+COMMON = ("schedule", "layout", "sinks", "recent", "protect", "fair", "rerotate")
 
 
 def recipe(
@@ -217,7 +244,7 @@ def recipe(
         budget: slots per head (int), fraction kept (float or "10%") or bytes ("2GiB"). For methods
             that choose how much they keep it is a cap, and may be left out.
         options: the method's own options, and for every method ``schedule``, ``layout``,
-            ``sinks``, ``recent``, ``protect``, ``fair``.
+            ``sinks``, ``recent``, ``protect``, ``fair``, ``rerotate``.
 
     Raises:
         UnknownMethod: no such method (with near matches).
@@ -259,11 +286,7 @@ def _finish(
             common[name] = _spans(name, common[name])
     layout = common.pop("layout", built.layout)
     finished = dataclasses.replace(built, budget=budget, layout=layout, options=options, **common)
-    allocator = finished.allocator
-    uneven = isinstance(allocator, TopK | Shares) or (
-        isinstance(allocator, Dynamic) and allocator.uneven
-    )
-    if uneven and layout == "dense" and "layout" in options:
+    if finished.uneven and layout == "dense" and "layout" in options:
         raise UnsupportedLayout(
             f"{built.method!r} gives heads unequal numbers of slots, which a dense layout can't "
             "free. Use layout='ragged', or a method with scope 'head'."

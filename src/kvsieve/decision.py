@@ -11,6 +11,7 @@ from kvsieve.errors import RecipeError
 from kvsieve.fairness import fair_scores
 from kvsieve.forward import Forward, LayerState, Pending
 from kvsieve.interfaces import Occasion, Round
+from kvsieve.rerotation import rerotate
 from kvsieve.step import Step
 from kvsieve.store import Store
 
@@ -171,6 +172,8 @@ class Decision:
                     place, seen = store["position"], store.seen
                     score = fair_scores(score, place, seen, count, self.recipe.fair)
                 self.recipe.compressor.compress(pending.step, store, score, count)
+                if self.recipe.rerotate:
+                    rerotate(pending.step, store)
                 changed.append(self.layers[pending.ordinal])
         return changed
 

@@ -34,6 +34,7 @@ class Signal(Enum):
     ATTENTION_SUMS = "attention sums"  # attention of every query of every forward
     VALUES = "values"  # the cached values are the model's values, not latents
     PRE_ROPE = "pre-rotation queries"  # queries can be un-rotated by their positions
+    REROTATION = "re-rotation of keys"  # keys can be moved to other positions
     W_O = "output projection"  # the attention module's output matrix
     REPLAY = "replay of the prompt"  # extra forwards over the prompt, with token ids at hand
     LOGITS = "logits"  # what the model predicts after each forward

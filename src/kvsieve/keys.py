@@ -30,9 +30,9 @@ def distinctness(keys: Tensor, store: Store, normalise: bool = True) -> Tensor:
 def unrotated_keys(step: Step, store: Store) -> Tensor:
     """Return the cached keys before rotation, ``[B, H, S, D]`` in fp32, in blocks of slots.
 
-    Each slot is turned back by its own position, so that this holds after any eviction.
+    Each slot is turned back from where it stands, so that this holds after any eviction.
     """
-    keys, position = store.keys, store["position"]
+    keys, position = store.keys, store.standing
     B, H, S, D = keys.shape
     out = torch.empty(keys.shape, dtype=torch.float32, device=keys.device)
     for s0, s1 in query_blocks(S, B * H * D, layer_block(keys)):

@@ -25,6 +25,7 @@ class Replay:
 
     A round feeds, row by row, ``scorer.repeat_ids``, the last ``scorer.overlap`` tokens before
     the chunk, and the chunk of ``scorer.chunk`` tokens itself; what it stores is dropped again.
+    With a chunk of 0 there is one round, of ``scorer.repeat_ids`` alone.
     """
 
     def __init__(self, scorer: Any) -> None:
@@ -64,7 +65,7 @@ class Replay:
         rows = [row if now else row[:0] for row, now in zip(whole, due, strict=True)]
         self._rows = [[] if now else [row] for row, now in zip(whole, due, strict=True)]
         longest = max(len(row) for row in rows)
-        for start in range(0, longest, self.chunk):
+        for start in range(0, longest, self.chunk or longest):
             fed = [self._fed(row, start) for row in rows]
             R = max(len(row) for row in fed)
             ids = torch.stack([torch.cat([row, row.new_zeros(R - len(row))]) for row in fed])
@@ -86,6 +87,8 @@ class Replay:
 
     def _fed(self, row: Tensor, start: int) -> Tensor:
         chunk = row[start : start + self.chunk]
+        if not self.chunk and len(row):
+            return row.new_tensor(self.repeat_ids)
         if not len(chunk):
             return chunk
         before = row[max(0, start - self.overlap) : start]

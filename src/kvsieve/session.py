@@ -36,8 +36,7 @@ class Session:
     ) -> None:
         self.recipe = recipe
         slack = recipe.schedule.slack if recipe.schedule is not None else None
-        columns = recipe.scorer.columns if recipe.scorer is not None else ()
-        made = partial(Store, columns, recipe.layout, slack, recipe.summarise)
+        made = partial(Store, recipe.columns, recipe.layout, slack, recipe.summarise)
         self.layers = [LayerState(info=info, store=made()) for info in layers]
         self.prompt_length = prompt_length
         self.logical = self.decoded = self.decode_steps = self.events = 0

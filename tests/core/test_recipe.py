@@ -10,10 +10,8 @@ import torch
 
 import kvsieve
 from kvsieve import Recipe, registry
-from kvsieve.allocators import Dynamic, TopK
 from kvsieve.errors import BudgetError, RecipeError, UnknownMethod, UnsupportedLayout
 from kvsieve.interfaces import Scope, Signal
-from kvsieve.shares import Shares
 
 BUDGET = 4096
 
@@ -35,11 +33,7 @@ def test_every_method_builds_and_reads_back(name: str) -> None:
         assert recipe.budget is not None and recipe.budget.value == BUDGET
         assert recipe.scope in Scope
         assert all(isinstance(signal, Signal) for signal in recipe.needs)
-        allocator = recipe.allocator
-        uneven = isinstance(allocator, TopK | Shares) or (
-            isinstance(allocator, Dynamic) and allocator.uneven
-        )
-        assert (recipe.layout == "ragged") == uneven
+        assert (recipe.layout == "ragged") == recipe.uneven
 
 
 @pytest.mark.parametrize("name", registry.methods())

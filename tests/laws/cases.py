@@ -60,7 +60,12 @@ class Case:
 
     @property
     def _own(self) -> dict[str, Any]:
-        return {k: v for k, v in self.options.items() if k not in ("schedule", "layout", "fair")}
+        common = ("schedule", "layout", "fair", "rerotate")
+        return {k: v for k, v in self.options.items() if k not in common}
+
+    @property
+    def rerotates(self) -> bool:
+        return self.compresses and self.recipe().rerotate
 
     @property
     def chunk_invariant(self) -> bool:
@@ -115,6 +120,13 @@ CASES = [
     _case("momentkv", "momentkv-uncorrected", correct=False, rounds=3),
     _case("adakv", "adakv-momentkv", scorer="momentkv"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
+    _case("finch", "finch-whole", chunk=0, normalise=False),
+    _case("finch", "finch-asked", question=(5, 9, 3)),
+    _case("finch", "finch-asked-still", question=(5, 9, 3), rerotate=False, chunk=5),
+    _case("streaming-llm", "streaming-llm-rerotated", rerotate=True),
+    _case("g-kv", "g-kv-rerotated", rerotate=True),
+    _case("adakv", "adakv-rerotated", rerotate=True),
+    _case("distinct-keys", "distinct-keys-rerotated", rerotate=True, schedule=BOTH),
     _case("adakv", "adakv-above", schedule="above:15", layout="ragged"),
     _case("dbudgetkv", "dbudgetkv-attention", order="attention", metric="full", whole=0),
     _case("threshold", "threshold-h2o", scorer="h2o", threshold=1.5),

@@ -14,7 +14,7 @@ from kvsieve.errors import choices
 from kvsieve.interfaces import Signal
 from kvsieve.registry import find
 
-_COMMON_DEFAULTS = {"sinks": 0, "recent": 0.0}
+_COMMON_DEFAULTS = {"sinks": 0, "recent": 0.0, "rerotate": False}
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -169,7 +169,8 @@ def _targets(key: str, names: Sequence[str]) -> list[tuple[str, str]]:
 
 def with_request(recipe: Recipe, tokenizer: Any) -> Recipe:
     """Give a method that repeats the prompt its request, in the tokens of the user's model."""
-    if Signal.REPLAY not in recipe.needs or "repeat_ids" in recipe.options:
+    asks = "repeat_ids" in find(recipe.method).accepts(recipe.options)
+    if not asks or Signal.REPLAY not in recipe.needs or "repeat_ids" in recipe.options:
         return recipe
     request = tokenizer.encode(REPEAT, add_special_tokens=False)
     options = {**recipe.options, "repeat_ids": tuple(request)}

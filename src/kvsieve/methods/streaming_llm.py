@@ -6,7 +6,7 @@ Language Models with Attention Sinks", arXiv 2309.17453).
 s: sinks (4), b: budget.
 
 Differs from the paper: the paper renumbers positions inside the cache before rotating; here every
-token keeps the rotation of its true position, as in kvpress.
+token keeps the rotation of its true position, as in kvpress. ``rerotate=True`` is the paper's way.
 """
 
 from __future__ import annotations

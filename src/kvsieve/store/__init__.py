@@ -18,6 +18,9 @@ from kvsieve.store.summary import Summarise, Summary
 
 Layout = Literal["dense", "ragged"]
 
+MOVED = "moved"
+"""The column that says how far a slot's key was re-rotated, in positions."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
@@ -117,8 +120,14 @@ class Store:
         return self.table.get(name)
 
     def __setitem__(self, name: str, new: Tensor) -> None:
-        """Replace a column by ``new [B, H, S]``."""
+        """Replace a column by ``new [B, H, S]``, or the keys by ``[B, H, S, D]``."""
         self.table.set(name, new)
+
+    @property
+    def standing(self) -> Tensor:
+        """Where each slot's key stands: its position, or where it was moved, ``[B, 1 or H, S]``."""
+        position = self["position"]
+        return position + self[MOVED] if MOVED in self.schema else position
 
     @property
     def pair_bytes(self) -> int:

@@ -84,7 +84,10 @@ class Dense:
         return whole[:, :, : self.size]
 
     def set(self, name: str, new: Tensor) -> None:
-        """Replace a column by ``new [B, H, S]``."""
+        """Replace a column by ``new [B, H, S]``, or the keys by ``[B, H, S, D]``."""
+        if name == "keys":
+            self.keys[:, :, : self.size] = new
+            return
         column = self.columns[name]
         if column.shape[1] != new.shape[1]:
             column = column.expand(-1, new.shape[1], -1).contiguous()

@@ -101,7 +101,7 @@ class Ragged:
         return picked.view(B, H, self.size, *table.shape[1:])
 
     def set(self, name: str, new: Tensor) -> None:
-        """Replace a column by the live entries of ``new [B, H, S]``."""
+        """Replace a column by the live entries of ``new [B, H, S]``, or the keys of a 4-D one."""
         live = self.live().to(new.device)
         target = flat_index(self.starts[:-1], self.counts.flatten()).to(new.device)
         self.tables[name][target] = new[live].to(self.tables[name].dtype)

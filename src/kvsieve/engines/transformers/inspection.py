@@ -101,6 +101,9 @@ class ModelView:
             reasons[Signal.W_O] = "its attention shows no output matrix in floating point"
         if any(info.rotary is None for info in infos):
             reasons[Signal.PRE_ROPE] = "its rotary positions can't be undone (or it caches latents)"
+            reasons[Signal.REROTATION] = (
+                "it has no rotary positions, or such as can't be undone (or it caches latents)"
+            )
         if len(self.compressible) < len(self.types):
             reasons[Signal.REPLAY] = (
                 "it has sliding or recurrent layers, which a replay would change"
