@@ -16,6 +16,7 @@ from kvsieve.errors import KVSieveError
 
 if TYPE_CHECKING:
     from kvsieve.engines.transformers import Cache, Run, attach
+    from kvsieve.engines.transformers.calibrate import calibrate
     from kvsieve.report import Report
 
 __version__ = "0.1.0"
@@ -26,9 +27,10 @@ _LAZY = {
     "Report": "kvsieve.report",
     "Run": "kvsieve.engines.transformers",
     "attach": "kvsieve.engines.transformers",
+    "calibrate": "kvsieve.engines.transformers.calibrate",
 }
 
-__all__ = ["Cache", "KVSieveError", "Recipe", "Report", "Run", "attach", "recipe"]
+__all__ = ["Cache", "KVSieveError", "Recipe", "Report", "Run", "attach", "calibrate", "recipe"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from kvsieve.registry import find
 from kvsieve.rerotation import COLUMN
 from kvsieve.schedules import parse_schedule
 from kvsieve.shares import Shares
+from kvsieve.statistics import Statistics, needed
 from kvsieve.store import Layout
 from kvsieve.store.summary import Summarise
 
@@ -155,6 +157,20 @@ class Recipe:
             return allocator.uneven
         return isinstance(allocator, TopK | Shares)
 
+    @property
+    def statistics(self) -> Statistics | None:
+        """What was measured of the model beforehand, if the scorer was given it."""
+        return getattr(self.scorer, "statistics", None)
+
+    def check_statistics(self) -> None:
+        """Check that statistics of the model are there, if they are needed.
+
+        Raises:
+            UnsupportedSignal: they aren't; says how they are made.
+        """
+        if Signal.STATISTICS in self.needs:
+            needed(self.statistics, self.method)
+
     def recent_slots(self, budget: int) -> int:
         """Return how many recent tokens are protected within a budget of that many slots."""
         recent = int(self.recent * budget) if isinstance(self.recent, float) else self.recent
@@ -208,7 +224,10 @@ class Recipe:
         plain: dict[str, Any] = {"method": self.method}
         if self.budget is not None:
             plain["budget"] = self.budget.plain()
-        return plain | dict(self.options)
+        return plain | {
+            key: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for key, value in self.options.items()
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Recipe:

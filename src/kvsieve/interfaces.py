@@ -36,6 +36,7 @@ class Signal(Enum):
     PRE_ROPE = "pre-rotation queries"  # queries can be un-rotated by their positions
     REROTATION = "re-rotation of keys"  # keys can be moved to other positions
     W_O = "output projection"  # the attention module's output matrix
+    STATISTICS = "statistics of the model"  # measured beforehand, by `kvsieve calibrate`
     REPLAY = "replay of the prompt"  # extra forwards over the prompt, with token ids at hand
     LOGITS = "logits"  # what the model predicts after each forward
     BEFORE_ATTEND = "eviction before attention"  # nothing reads the table before it attends

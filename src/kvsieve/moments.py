@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvsieve.store.attend import layer_block, query_blocks
+from kvsieve.store.rope import rotate
+
 if TYPE_CHECKING:
     from kvsieve.step import Step
+    from kvsieve.store import Store
 
 
 @dataclass(kw_only=True)
@@ -36,12 +40,19 @@ class QueryMoments:
             spread=torch.zeros(B, H, G, D, D, **kind),
         )
 
-    def take_in(self, step: Step, leave_out: int) -> None:
-        """Add a forward's real queries, but those of the first ``leave_out`` positions."""
+    def take_in(self, step: Step, leave_out: int, rotated: bool = False) -> None:
+        """Add a forward's real queries, but those of the first ``leave_out`` positions.
+
+        ``rotated``: as they are, and not before rotation. In blocks of queries.
+        """
         valid = step.positions >= leave_out
         if step.live is not None:
             valid = valid & step.live
-        self.join(*moments(step.unrotated(step.query, step.positions), valid))
+        T = step.query.shape[3]
+        for t0, t1 in query_blocks(T, step.query.numel() // T, layer_block(step.query)):
+            block = step.query[:, :, :, t0:t1]
+            plain = block.float() if rotated else step.unrotated(block, step.positions[:, t0:t1])
+            self.join(*moments(plain, valid[:, t0:t1]))
 
     def join(self, count: Tensor, mean: Tensor, spread: Tensor) -> None:
         """Add the moments of further queries."""
@@ -88,3 +99,18 @@ def moments(queries: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = mean / count.clamp_min(1)[:, None, None, None]
     centred = (queries - mean[:, :, :, None]) * weight[:, None, None, :, None]
     return count, mean, centred.transpose(-1, -2) @ centred
+
+
+def ahead(
+    step: Step, store: Store, mean: Tensor, spread: Tensor, future: int
+) -> tuple[Tensor, Tensor]:
+    """Apply the mean rotation of the next ``future`` positions to moments before rotation.
+
+    ``mean [B, H, G, D]`` and ``spread [B, H, G, D, D]``; the next position is the true one.
+    """
+    places = store.seen.to(mean.device)[:, None] + torch.arange(future, device=mean.device)
+    cos, sin = (x.mean(1)[:, None, None] for x in step.rotation(places))  # [B, 1, 1, R]
+    mean = rotate(mean, cos, sin)
+    cos, sin = cos[:, :, :, None], sin[:, :, :, None]
+    spread = rotate(spread, cos, sin)  # rows: Sigma R^T
+    return mean, rotate(spread.transpose(-1, -2), cos, sin)

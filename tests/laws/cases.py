@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from drawn import Drawn
 from models import padded, prompt
 from torch import Tensor
 
@@ -120,6 +121,7 @@ CASES = [
     _case("momentkv", "momentkv-uncorrected", correct=False, rounds=3),
     _case("adakv", "adakv-momentkv", scorer="momentkv"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
+    _case("expected-attention", "expected-attention-calibrated", stats=Drawn()),
     _case("finch", "finch-whole", chunk=0, normalise=False),
     _case("finch", "finch-asked", question=(5, 9, 3)),
     _case("finch", "finch-asked-still", question=(5, 9, 3), rerotate=False, chunk=5),

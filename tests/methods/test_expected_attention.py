@@ -9,8 +9,14 @@ import pytest
 import torch
 
 import kvsieve
+from kvsieve.errors import RecipeError
+from kvsieve.interfaces import Signal
 from kvsieve.methods.expected_attention import ExpectedAttention
+from kvsieve.moments import QueryMoments
+from kvsieve.statistics import Statistics
 
+from .allocations import Allocations
+from .calibrated import given, random
 from .support import (
     FULL,
     PARTIAL,
@@ -64,6 +70,12 @@ def moments(queries: list[Vector]) -> tuple[Vector, Matrix]:
     return mu, sigma
 
 
+def calibrated(stats: Statistics, ordinal: int, h: int, g: int) -> tuple[Vector, Matrix]:
+    named = (stats.tensors[f"query_{name}"][ordinal, h, g] for name in ("mean", "covariance"))
+    mu, sigma = (x.double().tolist() for x in named)
+    return mu, sigma
+
+
 def log_expected(mu: Vector, sigma: Matrix, key: Vector, scale: float) -> float:
     return dot(mu, key) * scale + dot(key, apply(sigma, key)) * scale**2 / 2
 
@@ -80,8 +92,13 @@ def formula(
     value_norm: bool = True,
     asked: range | None = None,
     now: int | None = None,
+    stats: Statistics | None = None,
+    ordinal: int = 0,
 ) -> Vector:
-    """The paper's steps; ``asked``: positions of the queries; ``now``: the next position."""
+    """The paper's steps; ``asked``: positions of the queries; ``now``: the next position.
+
+    ``stats``: moments are given, and no query is looked at.
+    """
     D, n = len(row.k[h][0]), row.n
     now = n if now is None else now
     ahead = [rotation(now + j, angles, D) for j in range(future)]
@@ -93,7 +110,7 @@ def formula(
             for t in (range(n) if asked is None else asked)
             if t >= sinks
         ]
-        mu, sigma = moments(plain)
+        mu, sigma = moments(plain) if stats is None else calibrated(stats, ordinal, h, g)
         mu, sigma = apply(R, mu), matmul(matmul(R, sigma), transposed(R))
         if not covariance:
             sigma = [[0.0] * D for _ in range(D)]
@@ -239,3 +256,88 @@ def test_a_prompt_of_sinks_alone_is_finite() -> None:
     store_scores = made.scorer.score(step, store)
     assert bool(store_scores[0].isfinite().all())
     assert kept(recipe(4), layer)[1] == [[0, 1], [0, 1]]
+
+
+# -- moments of calibration text -------------------------------------------------------------------
+
+
+def statistics(layers: int = 2) -> Statistics:
+    root = random(layers, 2, 2, 4, 4, seed=1)
+    return given(
+        query_mean=random(layers, 2, 2, 4),
+        query_covariance=root @ root.transpose(-1, -2) / 4,
+    )
+
+
+@pytest.mark.parametrize("angles", [FULL, PARTIAL])
+@pytest.mark.parametrize("options", [{}, {"covariance": False}])
+def test_score_by_calibrated_moments(angles: tuple[float, ...], options: dict[str, bool]) -> None:
+    layer, stats = draw(S=14, padding=(0, 4), angles=angles, seed=7), statistics()
+    want = expected(
+        layer, lambda row, h: formula(row, h, angles, stats=stats, ordinal=1, **options)
+    )
+    assert_close(scores(layer, recipe(stats=stats, **options), ordinal=1), want, skip=2)
+
+
+def test_calibrated_moments_need_no_queries_kept() -> None:
+    made = recipe(stats=statistics())
+    assert made.scorer is not None and made.scorer.window == 0 and made.scorer.moments is None
+    assert made.needs == {Signal.STATISTICS, Signal.PRE_ROPE, Signal.VALUES}
+    assert Signal.QUERY_WINDOW in recipe().needs and Signal.STATISTICS not in recipe().needs
+
+
+def test_calibrated_while_decoding_the_true_position_counts() -> None:
+    layer, stats = draw(B=1, S=17, angles=FULL, seed=8), statistics()
+    run = Run(recipe(8, adaptive=False, interval=5, stats=stats), layer.part(0, 12))
+    slots = [[*head, *range(12, 17)] for head in run.kept()[0]]
+    for t in range(12, 17):
+        run.feed(layer.part(t, t + 1))
+    row, want = rows(layer)[0], []
+    for h, held in enumerate(slots):
+        part = Row(
+            q=row.q,
+            k=[[x[i] for i in held] for x in row.k],
+            v=[[x[i] for i in held] for x in row.v],
+            scale=row.scale,
+        )
+        got = formula(part, h, FULL, now=17, asked=range(17), stats=stats)
+        want.append([held[j] for j in best(got, 8, [0, 1])])
+    assert run.kept() == [want]
+
+
+def test_options_that_mean_nothing() -> None:
+    for wrong in ({"future": 0}, {"epsilon": -1.0}, {"epsilon": math.nan}):
+        with pytest.raises(RecipeError, match=next(iter(wrong))):
+            recipe(**wrong)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_memory_stays_beside_the_layer() -> None:
+    """All query heads' products with the covariance at once would take 2 x 4 times the keys."""
+    layer = draw(B=1, H=2, G=4, S=40_000, D=64, angles=(0.1,))
+    made = recipe(
+        stats=given(query_mean=random(1, 2, 4, 64), query_covariance=random(1, 2, 4, 64, 64))
+    )
+    assert made.scorer is not None
+    step, store = table(layer, made.scorer)
+    with Allocations([*store.table.tensors(), layer.queries]) as work:
+        made.scorer.score(step, store)
+    assert work.peak < 1.5 * store.keys.numel() * 4
+
+
+def test_moments_of_a_long_prompt_are_taken_in_blocks() -> None:
+    layer = draw(B=1, H=2, G=4, S=40_000, D=32, angles=(0.1,))
+    made = recipe()
+    assert made.scorer is not None
+    step, _ = table(layer, made.scorer)
+    taken = QueryMoments.empty(step.query)
+    with Allocations([layer.queries]) as work:
+        taken.take_in(step, 4)
+    assert work.peak < 2 * layer.queries.numel() * 4
+    plain = step.unrotated(step.query, step.positions)[:, :, :, 4:].double()
+    torch.testing.assert_close(taken.mean.double(), plain.mean(3), rtol=1e-4, atol=1e-4)
+    centred = plain - plain.mean(3, keepdim=True)
+    want = centred.transpose(-1, -2) @ centred / plain.shape[3]
+    torch.testing.assert_close(taken.covariance().double(), want, rtol=1e-3, atol=1e-3)

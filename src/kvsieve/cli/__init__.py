@@ -1,4 +1,4 @@
-"""The command line: `kvsieve run | compare | sample | methods | show | bench | report | ...`."""
+"""The command line: `kvsieve run | compare | calibrate | sample | methods | bench | report | ...`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 import kvsieve
 from kvsieve.cli.bench import bench
+from kvsieve.cli.calibrate import calibrate
 from kvsieve.cli.compare import compare
 from kvsieve.cli.guard import Guarded, ending
 from kvsieve.cli.methods import methods
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, compare, sample, methods, show, report, recommend):
+for command in (run, compare, calibrate, sample, methods, show, report, recommend):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

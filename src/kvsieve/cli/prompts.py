@@ -57,7 +57,7 @@ def read(
             raise BadInput("--sample is written in the reference model's words: leave out --model.")
         made = make_sample(kind, seed=seed, steps=steps, length=length)
         return Prompt(made.prompt, made)
-    text = prompt if prompt is not None else _file(file or Path())
+    text = prompt if prompt is not None else text_file(file or Path(), "prompt")
     if not text.strip():
         raise BadInput("The prompt is empty.")
     if not own_model:
@@ -74,16 +74,21 @@ def make_sample(kind: str, *, seed: int, steps: int | None, length: int | None) 
     return reference.sample(kind, seed=seed, steps=steps, length=length)
 
 
-def _file(path: Path) -> str:
+def text_file(path: Path, what: str) -> str:
+    """Return the text of a file, or of stdin (-).
+
+    Raises:
+        BadInput: it can't be read, or isn't UTF-8; names ``what`` it was to be.
+    """
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"The prompt file {str(path)!r} is not UTF-8 text (byte {error.start})."
+            f"The {what} file {str(path)!r} is not UTF-8 text (byte {error.start})."
         ) from error
     except OSError as error:
-        raise BadInput(f"Can't read the prompt file {str(path)!r}: {error.strerror}.") from error
+        raise BadInput(f"Can't read the {what} file {str(path)!r}: {error.strerror}.") from error
 
 
 def encode(text: str, opened: Opened, chat: bool) -> Any:

@@ -97,14 +97,18 @@ def single(
     options = typed(method, split(pairs))
     if protect:
         options["protect"] = spans(protect)
-    return kvsieve.recipe(method, budget=budget, **options)
+    built = kvsieve.recipe(method, budget=budget, **options)
+    built.check_statistics()
+    return built
 
 
 def from_file(path: Path, *others: object) -> Recipe:
     """Build the recipe of `--recipe`, which says everything itself."""
     if any(others):
         raise BadInput("A --recipe file holds method, budget and options: give it alone.")
-    return Recipe.from_toml(path)
+    built = Recipe.from_toml(path)
+    built.check_statistics()
+    return built
 
 
 def several(

@@ -77,11 +77,11 @@ class Status:
         self._display.remove_task(self._task)
         self._task = self._display.add_task(description, total=None)
 
-    def token(self, description: str, total: int) -> None:
-        """Count a generated token of at most `total`."""
+    def token(self, description: str, total: int, count: int = 1) -> None:
+        """Count a token, or `count` of them, of at most `total`."""
         if self._display.tasks[0].total is None:
             self._display.reset(self._task, total=total, description=description)
-        self._display.advance(self._task)
+        self._display.advance(self._task, count)
 
     def text(self, piece: str) -> None:
         """Print a piece of text on stdout."""

@@ -9,30 +9,39 @@ Attention: KV Cache Compression by Estimating Attention from Future Queries Dist
 
 The first ``sinks`` tokens stay and their queries are left out of the moments. Heads share the
 layer's budget as in AdaKV (floor 0.2, epsilon 0.01): the configuration that the paper evaluates;
-``adaptive=False`` gives every head the same number.
+``adaptive=False`` gives every head the same number. mu and Sigma are those of the whole prompt, and
+while decoding of the last 256 queries; or, with ``stats=FILE``, those of calibration text (`kvsieve
+calibrate`), and then no query is looked at. O(T D^2) a query head for the moments of a prompt, and
+O(S D^2) an event, in blocks: in memory O(D^2) a query head and what one block of slots takes.
 
 Differs from the paper: queries are un-rotated by their true positions instead of projected again
 from hidden states; while decoding, the future starts at the true position (the released code
 starts at the length of its buffer of 256 hidden states). ``||v W_O||`` would be the principled
-factor; the paper's code uses ``||v||``, and so does this file.
+factor; the paper's code uses ``||v||``, and so does this file. Calibration text is the user's; the
+paper's was 100 starts of books of 1000 characters each.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from kvsieve.allocators import TopK, Uniform
 from kvsieve.compose import Recipe
+from kvsieve.errors import RecipeError
 from kvsieve.interfaces import Scope, ScorerDefaults, Signal
-from kvsieve.moments import moments
+from kvsieve.moments import ahead, moments
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill, Every
+from kvsieve.statistics import Statistics, read
 from kvsieve.step import Step
 from kvsieve.store import Store
-from kvsieve.store.rope import half_turn
+from kvsieve.store.attend import layer_block, query_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,65 +54,68 @@ class ExpectedAttention(ScorerDefaults):
     covariance: bool = True
     value_norm: bool = True
     memory: int = 256
+    statistics: Statistics | None = None
+
+    def __post_init__(self) -> None:
+        if self.future < 1:
+            raise RecipeError(f"expected-attention: future={self.future}; it is 1 or more.")
+        if not 0 <= self.epsilon < math.inf:
+            raise RecipeError(f"expected-attention: epsilon={self.epsilon}; it is 0 or more.")
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({Signal.PRE_ROPE, Signal.VALUES})
+        given = set() if self.statistics is None else {Signal.STATISTICS}
+        return frozenset({Signal.PRE_ROPE, Signal.VALUES, *given})
 
     @property
     def window(self) -> int:
-        return self.memory
+        return self.memory if self.statistics is None else 0
 
     @property
     def moments(self) -> int | None:
-        return self.sinks
+        return self.sinks if self.statistics is None else None
 
     def score(self, step: Step, store: Store) -> Tensor:
-        mean, spread = self._moments(step)  # [B, H, G, D], [B, H, G, D, D]
-        mean, spread = self._rotate(step, store, mean, spread)
-        keys = store.keys.float()  # [B, H, S, D]
-        logits = torch.einsum("bhgd,bhsd->bhgs", mean, keys) * step.scale
-        if self.covariance:
-            spread_keys = torch.einsum("bhgde,bhse->bhgsd", spread, keys)
-            quadratic = (spread_keys * keys[:, :, None]).sum(-1)
-            logits = logits + quadratic * step.scale**2 / 2
+        mean, spread = ahead(step, store, *self._moments(step), self.future)
+        logits = self._logits(store, mean * step.scale, spread * step.scale**2 / 2)
         future = store["position"] >= self.sinks
         if store.live is not None:
             future = future & store.live
-        weights = logits.masked_fill(~future[:, :, None], -torch.inf).softmax(-1)
+        weights = logits.masked_fill_(~future[:, :, None], -torch.inf).softmax(-1)
         # A row of nothing but sinks has no softmax.
-        weights = weights.masked_fill(~future[:, :, None], 0.0).mean(2)
+        weights = weights.masked_fill_(~future[:, :, None], 0.0).mean(2)
         if not self.value_norm:
             return weights
-        return (weights + self.epsilon) * store.values.float().norm(dim=-1)
+        return (weights + self.epsilon) * vector_norm(store.values, dim=-1, dtype=torch.float32)
+
+    def _logits(self, store: Store, mean: Tensor, spread: Tensor) -> Tensor:
+        """Return ``mu . k + k^T Sigma k`` in fp32, ``[B, H, G, S]``, in blocks of slots."""
+        keys = store.keys
+        B, H, S, D = keys.shape
+        G = mean.shape[2]
+        logits = torch.empty(B, H, G, S, device=keys.device)
+        for s0, s1 in query_blocks(S, B * H * G * D, layer_block(keys)):
+            block = keys[:, :, None, s0:s1].float()  # [B, H, 1, s, D]
+            # In Horner form: (mu + Sigma k) . k
+            linear = mean[:, :, :, None].expand(B, H, G, s1 - s0, D)
+            if self.covariance:
+                linear = linear + block @ spread
+            logits[..., s0:s1] = (linear * block).sum(-1)
+        return logits
 
     def _moments(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Mean and covariance of un-rotated queries: of the whole prompt, or of the last 256."""
+        """Mean and covariance of un-rotated queries: calibrated, of the prompt, or of the last."""
+        if self.statistics is not None:
+            B, where = step.query.shape[0], (step.layer.ordinal, step.query.device)
+            mean = self.statistics.of("query_mean", *where)
+            spread = self.statistics.of("query_covariance", *where)
+            return mean.expand(B, *mean.shape), spread.expand(B, *spread.shape)
         if step.moments is not None:
-            mean, spread = step.moments.mean, step.moments.covariance()
-            return mean, spread
+            return step.moments.mean, step.moments.covariance()
         queries, positions, valid = step.window(self.memory)
         beyond = valid & (positions >= self.sinks)
         count, mean, spread = moments(step.unrotated(queries, positions), beyond)
         return mean, spread / count.clamp_min(1)[:, None, None, None, None]
-
-    def _rotate(
-        self, step: Step, store: Store, mean: Tensor, spread: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Apply the mean rotation of the next ``future`` positions to both moments."""
-        ahead = store.seen.to(mean.device)[:, None] + torch.arange(self.future, device=mean.device)
-        cos, sin = (x.mean(1)[:, None, None] for x in step.rotation(ahead))  # [B, 1, 1, R]
-        mean = _turn(mean, cos, sin)
-        cos, sin = cos[:, :, :, None], sin[:, :, :, None]
-        spread = _turn(spread, cos, sin)  # rows: Sigma R^T
-        return mean, _turn(spread.transpose(-1, -2), cos, sin)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply a (mean) rotation to the last axis; dimensions that don't rotate stay."""
-    R = cos.shape[-1]
-    turned = x[..., :R] * cos + half_turn(x[..., :R]) * sin
-    return torch.cat([turned, x[..., R:]], -1)
 
 
 @method(
@@ -123,8 +135,11 @@ def expected_attention(
     value_norm: bool = True,
     adaptive: bool = True,
     interval: int = 512,
+    stats: str | os.PathLike[str] | Statistics | None = None,
 ) -> Recipe:
-    """``future``: positions averaged over; ``adaptive``: heads share unevenly (AdaKV)."""
+    """``future``: positions averaged over; ``adaptive``: heads share unevenly (AdaKV); ``stats``: a
+    file of `kvsieve calibrate`, whose moments then take the place of the prompt's own.
+    """
     return Recipe(
         method="expected-attention",
         scorer=ExpectedAttention(
@@ -133,6 +148,7 @@ def expected_attention(
             epsilon=epsilon,
             covariance=covariance,
             value_norm=value_norm,
+            statistics=read(stats, "query_mean", "query_covariance"),
         ),
         allocator=TopK(scope=Scope.LAYER, floor=0.2) if adaptive else Uniform(),
         schedule=AfterPrefill() | Every(interval),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kvsieve.compose import Recipe
 from kvsieve.errors import EngineError, UnsupportedSignal
 from kvsieve.interfaces import Signal
+from kvsieve.statistics import Identity
 from kvsieve.step import LayerInfo, Rotary
 from kvsieve.store.rope import rotate
 
@@ -85,11 +86,48 @@ class ModelView:
 
         return projection
 
+    def identity(self) -> Identity:
+        """Return what tells this model from others.
+
+        Raises:
+            EngineError: its weights can't be read.
+        """
+        heads, _, _ = self._geometry()
+        assert heads is not None, "statistics are refused for latents before"
+        Hq = self.config.num_attention_heads
+        D = getattr(self.config, "head_dim", None) or self.config.hidden_size // Hq
+        return Identity(
+            architecture=self.config.model_type,
+            layers=len(self.compressible),
+            heads=heads,
+            group=Hq // heads,
+            head_dim=D,
+            sample=self._weight_sample(),
+        )
+
+    def _weight_sample(self) -> Tensor:
+        """Pick a few numbers from each attention weight, and from each vector such as a norm's."""
+        attention = [p for _, m in sorted(self.modules.items()) for p in m.parameters()]
+        vectors = [p for p in self.decoder.parameters() if p.dim() == 1]
+        known = {id(p): p for p in [*attention, *vectors] if p.is_floating_point()}
+        if not known or any(p.is_meta for p in known.values()):
+            raise EngineError(
+                f"The weights of {type(self.model).__name__} can't be read (offloaded?), so that "
+                "it can't be told whether statistics belong to it."
+            )
+        picked = []
+        for weight in known.values():
+            flat = weight.detach().reshape(-1)
+            places = torch.linspace(0, flat.numel() - 1, 8).long()
+            picked.append(flat[places.to(flat.device)].float().cpu())
+        return torch.cat(picked)
+
     def check(self, recipe: Recipe) -> None:
         """Check that this model can show what the recipe needs.
 
         Raises:
-            UnsupportedSignal: it can't; says which signal and why.
+            UnsupportedSignal: it can't; says which signal and why. Or statistics are missing, or
+                those of another model.
             BudgetError: bytes that don't hold one slot in each head of one row.
         """
         infos = self.layer_infos()
@@ -97,6 +135,7 @@ class ModelView:
         if self.latent:
             reasons[Signal.VALUES] = "it caches latents, not values"
             reasons[Signal.BEFORE_ATTEND] = "it expands what it caches before it attends"
+            reasons[Signal.STATISTICS] = "it caches latents, which can't be calibrated"
         if any(info.output_projection is None for info in infos):
             reasons[Signal.W_O] = "its attention shows no output matrix in floating point"
         if any(info.rotary is None for info in infos):
@@ -113,6 +152,9 @@ class ModelView:
                 f"Method {recipe.method!r} needs {signal.value}, which {type(self.model).__name__} "
                 f"can't show: {reasons[signal]}. `kvsieve methods` lists what each method needs."
             )
+        recipe.check_statistics()
+        if Signal.STATISTICS in recipe.needs and recipe.statistics is not None:
+            recipe.statistics.check(self.identity())
 
 
 def _refuse_other_models(model: Any) -> None:
