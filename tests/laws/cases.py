@@ -26,6 +26,7 @@ SMALL_OF: dict[str, dict[str, Any]] = {
     "distinct-keys": {"recent": 4},
     "hash-evict": {"recent": 3},
     "infinipot-v": {"frame": 2, "frames": 2},
+    "q-filters": {"recent": 4, "stats": Drawn()},
     "threshold": {"threshold": -0.4, "delay": 3},
 }
 # Options that leave the choice to the cap, for methods that choose their budget.
@@ -122,6 +123,7 @@ CASES = [
     _case("adakv", "adakv-momentkv", scorer="momentkv"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
     _case("expected-attention", "expected-attention-calibrated", stats=Drawn()),
+    _case("adakv", "adakv-q-filters", scorer="q-filters", recent=4, stats=Drawn()),
     _case("finch", "finch-whole", chunk=0, normalise=False),
     _case("finch", "finch-asked", question=(5, 9, 3)),
     _case("finch", "finch-asked-still", question=(5, 9, 3), rerotate=False, chunk=5),

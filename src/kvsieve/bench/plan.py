@@ -12,6 +12,7 @@ from kvsieve.bench.spec import parse_option
 from kvsieve.budget import Budget
 from kvsieve.compose import Recipe, recipe
 from kvsieve.errors import RecipeError, choices
+from kvsieve.interfaces import Signal
 from kvsieve.registry import methods
 
 LONG = 16384
@@ -65,10 +66,11 @@ class Spec:
 
 
 def default_methods(context: int) -> list[str]:
-    """Return the methods measured when none are named."""
+    """Return the methods measured when none are named: all that need no file of statistics."""
     if context > LONG:
         return list(FEW)
-    return [*methods(), "g-kv@1024:interval=128"]
+    names = [n for n, x in methods().items() if Signal.STATISTICS not in x.build().needs]
+    return [*names, "g-kv@1024:interval=128"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The command line: `kvsieve run | compare | calibrate | sample | methods | bench | report | ...`."""
+"""The command line: `kvsieve run | compare | calibrate | methods | bench | report | ...`."""
 
 from __future__ import annotations
 
