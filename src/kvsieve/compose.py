@@ -31,7 +31,7 @@ from kvsieve.interfaces import (
 from kvsieve.registry import find
 from kvsieve.rerotation import COLUMN
 from kvsieve.schedules import parse_schedule
-from kvsieve.shares import Shares
+from kvsieve.shares import RetrievalHeads, Shares
 from kvsieve.statistics import Statistics, needed
 from kvsieve.store import Layout
 from kvsieve.store.summary import Summarise
@@ -155,7 +155,7 @@ class Recipe:
         allocator = self.allocator
         if isinstance(allocator, Dynamic):
             return allocator.uneven
-        return isinstance(allocator, TopK | Shares)
+        return isinstance(allocator, TopK | Shares | RetrievalHeads)
 
     @property
     def statistics(self) -> Statistics | None:
@@ -308,7 +308,7 @@ def _finish(
     if finished.uneven and layout == "dense" and "layout" in options:
         raise UnsupportedLayout(
             f"{built.method!r} gives heads unequal numbers of slots, which a dense layout can't "
-            "free. Use layout='ragged', or a method with scope 'head'."
+            "free. Use layout='ragged', or a method that treats heads alike."
         )
     return finished
 

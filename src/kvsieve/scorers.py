@@ -14,6 +14,14 @@ from kvsieve.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recency(ScorerDefaults):
+    """The later, the better: ``[B, H, S]``."""
+
+    def score(self, step: Step, store: Store) -> Tensor:
+        return store["position"].float().expand(*store.counts.shape, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WindowAttention(ScorerDefaults):
     """Attention of the last W queries, pooled over neighbours, averaged over the group (SnapKV).
 

@@ -1,4 +1,4 @@
-"""Budgets by given importance: layers first, then the heads of each layer (SurfaceLogicKV)."""
+"""Budgets by importance of heads: shares (SurfaceLogicKV), or all or nothing (DuoAttention)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvsieve.errors import RecipeError
 from kvsieve.interfaces import Round, Scope
+from kvsieve.statistics import Statistics, needed
 
 Table = tuple[tuple[float, ...], ...]
 """One number for each head of each layer."""
@@ -113,3 +114,40 @@ def divide(total: int, share: Tensor, floor: Tensor, most: Tensor) -> Tensor:
     order = (quota - counts).masked_fill(counts >= most, -1.0).sort(descending=True, stable=True)
     counts[order.indices[: total - int(counts.sum())]] += 1
     return counts.long()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalHeads:
+    """Retrieval heads keep everything, streaming heads what is protected (DuoAttention).
+
+    In order of the model's ``head_gate`` (ties: the earlier head), heads keep all their slots until
+    the model's budget is used; the one on the line keeps a part. Gates are known beforehand, so
+    that each layer is decided by itself. (arXiv 2410.10819)
+    """
+
+    statistics: Statistics | None = None
+    scope: Scope = Scope.HEAD
+
+    def allocate(self, scores: list[Tensor], round: Round) -> list[Tensor]:
+        """Return each head's own count; only which scores are protected is looked at."""
+        place = self._place(round.layer_count, scores[0].shape[1])
+        counts = []
+        for layer, score, live in zip(round.layers, scores, round.live, strict=True):
+            safe = score.isposinf().sum(-1).amax(1, keepdim=True).cpu()  # [B, 1]
+            # What has passed, not what is left: a head that was cut before keeps its share.
+            seen = live.amax(1) if round.seen is None else round.seen
+            wanted = seen[:, None] - safe
+            spare = (round.budgets[:, None] - safe) * place.numel()
+            share = (spare - place[layer] * wanted).clamp_min(0).minimum(wanted)
+            counts.append(torch.minimum(live, safe + share))
+        return counts
+
+    def _place(self, layers: int, heads: int) -> Tensor:
+        """Return each head's place in the order of gates, ``[L, H]``."""
+        given = needed(self.statistics, "duo-attention")
+        cpu = torch.device("cpu")
+        gates = torch.stack([given.of("head_gate", layer, cpu) for layer in range(layers)])
+        order = gates.flatten().sort(descending=True, stable=True).indices
+        return (
+            torch.empty_like(order).scatter(0, order, torch.arange(len(order))).view(layers, heads)
+        )

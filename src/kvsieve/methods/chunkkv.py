@@ -38,7 +38,8 @@ from kvsieve.registry import find, method
 def chunkkv(*, scorer: str = "snapkv", length: int = 20, **options: Any) -> Recipe:
     """``scorer``: the method whose scores are used, with its own options; ``length`` of chunks."""
     inner = find(scorer).build(**options)
-    even = inner.compresses and inner.scope is Scope.HEAD and not inner.dynamic
+    even = inner.compresses and not inner.uneven and not inner.dynamic
+    even = even and inner.scope is Scope.HEAD
     if not even or not isinstance(inner.compressor, Evict):
         reason = "chooses slots its own way" if inner.compresses else "has no scores"
         raise RecipeError(

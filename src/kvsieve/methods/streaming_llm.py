@@ -11,24 +11,10 @@ token keeps the rotation of its true position, as in kvpress. ``rerotate=True`` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import Tensor
-
 from kvsieve.compose import Recipe
-from kvsieve.interfaces import ScorerDefaults
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill, EachStep
-from kvsieve.step import Step
-from kvsieve.store import Store
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recency(ScorerDefaults):
-    """The later, the better: ``[B, H, S]``."""
-
-    def score(self, step: Step, store: Store) -> Tensor:
-        return store["position"].float().expand(*store.counts.shape, -1)
+from kvsieve.scorers import Recency
 
 
 @method(

@@ -92,7 +92,7 @@ class ModelView:
         Raises:
             EngineError: its weights can't be read.
         """
-        heads, _, _ = self._geometry()
+        heads = self._geometry().get("heads")
         assert heads is not None, "statistics are refused for latents before"
         Hq = self.config.num_attention_heads
         D = getattr(self.config, "head_dim", None) or self.config.hidden_size // Hq
