@@ -7,7 +7,6 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from kvsieve.allocators import Dynamic, TopK, Uniform
 from kvsieve.budget import Budget, Geometry
+from kvsieve.checks import check
 from kvsieve.compressors import Evict
 from kvsieve.errors import BudgetError, RecipeError, UnsupportedLayout, choices
 from kvsieve.interfaces import (
@@ -67,51 +67,9 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.layout not in ("dense", "ragged"):
-            raise UnsupportedLayout(
-                f"Unknown layout {self.layout!r}. {choices(str(self.layout), ('dense', 'ragged'))}"
-            )
-        if self.sinks < 0 or self.recent < 0:
-            raise RecipeError("sinks and recent count protected tokens: they can't be negative.")
-        for name, spans in (("protect", self.protect), ("fair", self.fair)):
-            for span in spans:
-                if len(span) != 2 or not 0 <= span[0] < span[1]:
-                    raise RecipeError(
-                        f"{name} has {span!r}: give spans (start, end) of token indices, "
-                        "start < end."
-                    )
-        self._check_fair()
-        if self.acts_before:
-            self._check_moment()
-        if not 0 <= self.ratio < 1:
-            raise RecipeError(f"ratio={self.ratio}: a share of the tokens seen, from 0 to below 1.")
+        check(self)
         if self.budget is not None and self.budget.kind == "slots":
             self.check_room(int(self.budget.value))
-        elif self.budget is not None and self.ratio:
-            raise RecipeError(
-                f"ratio={self.ratio} lets a budget in slots grow, and {self.budget} is none. Give "
-                "the budget as a number of slots, or leave ratio out."
-            )
-
-    def _check_fair(self) -> None:
-        ordered = sorted(self.fair)
-        if any(end > start for (_, end), (start, _) in pairwise(ordered)):
-            raise RecipeError(f"fair has spans that overlap: {ordered}.")
-        if self.fair and not isinstance(self.compressor, Evict):
-            raise RecipeError(
-                f"{self.method!r} decides by more than each slot's own score which slots stay, so "
-                "that spans can't be given equal shares (option fair). Use protect, or a method "
-                "that keeps each head's best slots."
-            )
-
-    def _check_moment(self) -> None:
-        waits = self.scope is Scope.MODEL
-        if waits or Signal.REPLAY in self.needs:
-            why = "decides over all layers together" if waits else "repeats the prompt first"
-            raise RecipeError(
-                f"Schedule {str(self.schedule)!r} cuts a layer before it attends, but "
-                f"{self.method!r} {why}. Use 'each-step', or a method of scope 'head' or 'layer'."
-            )
 
     @property
     def compresses(self) -> bool:
