@@ -16,11 +16,12 @@ from torch import Tensor
 
 import kvsieve
 from kvsieve import Recipe
-from kvsieve.allocators import Pyramid, RetrievalHeads
+from kvsieve.allocators import Pyramid
 from kvsieve.compressors import Evict
 from kvsieve.errors import EngineError
 from kvsieve.interfaces import Column, Scope, Signal
 from kvsieve.session import Session
+from kvsieve.shares import RetrievalHeads
 from kvsieve.store import Store
 
 from .cases import BUDGET, CASES, COMPRESSING, FAMILIES, LENGTHS, STEPS, Case, batch, rows
