@@ -15,10 +15,12 @@ from kvsieve import Recipe
 
 pytestmark = pytest.mark.oldest
 
+WINDOW = {"window": 4, "kernel": 3}
 SMALL = {
-    "snapkv": {"window": 4, "kernel": 3},
+    "snapkv": WINDOW,
     "h2o": {},
-    "adakv": {"window": 4, "kernel": 3},
+    "adakv": WINDOW,
+    "momentkv": WINDOW | {"sinks": 2},
     "hash-evict": {"recent": 3},
 }
 

@@ -540,18 +540,15 @@ def test_memory_goes_back_to_the_system(layout: Any) -> None:
 @each_family
 @each_masked
 def test_compression_equals_masking_a_full_cache(case: Case, family: str) -> None:
-    how = case.recipe().summarise
-    parts = how.parts if how is not None and how.added else 0
+    check_oracle(case, run(family, case), build(family), [0, 1])
+
+
+def check_oracle(case: Case, trace: Trace, twin: Any, layers: list[int]) -> None:
+    # What acts before attention attends to what is held after a step, not to what was before.
     ahead = case.recipe().acts_before
-    check_oracle(run(family, case), build(family), [0, 1], parts, ahead)
-
-
-def check_oracle(
-    trace: Trace, twin: Any, layers: list[int], parts: int = 0, ahead: bool = False
-) -> None:
-    """``ahead``: a decode step attends to what is held after it, not to what was before."""
     ids, mask = batch()
-    oracle = Oracle(twin, layers, parts)
+    how = case.recipe().summarise
+    oracle = Oracle(twin, layers, parts=how.parts if how is not None and how.added else 0)
     close(oracle.forward(ids, mask, None), trace.logits[0])
     for step in range(STEPS):
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
@@ -561,11 +558,13 @@ def check_oracle(
 
 
 @pytest.mark.parametrize("family", ["gpt-oss", "gemma3"])
-@pytest.mark.parametrize("case", ["snapkv", "h2o", "adakv-each-step", "hash-evict"])
+@pytest.mark.parametrize(
+    "case", ["snapkv", "h2o", "adakv-each-step", "momentkv-each-step", "hash-evict"]
+)
 def test_masking_with_attention_sinks_and_sliding_layers(case: str, family: str) -> None:
     chosen = next(c for c in CASES if c.name == case)
     trace = decode(tiny(family), chosen.recipe(), *batch(), steps=STEPS)
-    check_oracle(trace, build(family), [1, 3], ahead=chosen.recipe().acts_before)
+    check_oracle(chosen, trace, build(family), [1, 3])
 
 
 # -- 8. compression does something -----------------------------------------------------------------
