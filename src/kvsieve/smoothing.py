@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvsieve.allocators import top_mask
 from kvsieve.packing import pick, put_back, real_first
 from kvsieve.queries import pick_queries
 from kvsieve.step import Step
@@ -28,6 +29,20 @@ def average_weights(valid: Tensor, alpha: float) -> Tensor:
     oldest = age == valid.sum(1, keepdim=True) - 1
     kept = (1 - alpha) ** age.float()
     return torch.where(oldest, kept, alpha * kept).masked_fill(~valid, 0.0)
+
+
+def places_of_best(attention: Tensor, live: Tensor, count: Tensor) -> Tensor:
+    """Return the mean place of each query's ``count [B, H]`` best slots, ``[B, H, G, W]`` in fp64.
+
+    ``attention [B, H, G, W, S]``; places count the ``live [B, 1 or H, S]`` slots from 0 on.
+    """
+    place = (live.long().cumsum(-1) - 1).double()[:, :, None]
+    count = count.to(attention.device)[:, :, None]
+    means = []
+    for row in attention.unbind(3):  # [B, H, G, S]: one query at a time bounds memory
+        chosen = top_mask(row.masked_fill(~live[:, :, None], -1.0), count)
+        means.append((place * chosen).sum(-1) / count)
+    return torch.stack(means, -1)
 
 
 def drift_of_halves(places: Tensor, valid: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvsieve.allocators import Pyramid, Uniform, top_mask
+from kvsieve.allocators import Pyramid, Uniform
 from kvsieve.compose import Recipe
 from kvsieve.errors import RecipeError
 from kvsieve.interfaces import ScorerDefaults, Signal
@@ -42,7 +42,13 @@ from kvsieve.reconstruction import output_distance
 from kvsieve.registry import method
 from kvsieve.schedules import AfterPrefill
 from kvsieve.scoring import before_window
-from kvsieve.smoothing import average_weights, drift_of_halves, moving_mean, ordered_window
+from kvsieve.smoothing import (
+    average_weights,
+    drift_of_halves,
+    moving_mean,
+    ordered_window,
+    places_of_best,
+)
 from kvsieve.step import Step
 from kvsieve.store import Store
 from kvsieve.store.attend import layer_block, query_blocks
@@ -89,7 +95,7 @@ class Reconstruction(ScorerDefaults):
             block = step.weights(
                 store, queries[:, :, :, w0:w1], positions[:, w0:w1], valid[:, w0:w1]
             )  # [B, H, G, w, S]
-            places.append(self._places(step, store, block))
+            places.append(places_of_best(block, live_slots(store), self._best(step, store)))
             each = block if self.form == "code" else self._lost(step, store, block)
             smoothed += torch.einsum("bw,bhgws->bhgs", share[:, w0:w1], each)
         inside = before_window(store, self.queries)
@@ -109,21 +115,20 @@ class Reconstruction(ScorerDefaults):
         distance = output_distance(step, store, weights, self.projected)
         return weights / (1 - weights).clamp_min(1e-6) * distance.pow_(self.power)
 
-    def _places(self, step: Step, store: Store, attention: Tensor) -> Tensor:
-        """Return the mean place of each query's best slots, ``[B, H, G, w]`` in fp64."""
+    def _best(self, step: Step, store: Store) -> Tensor:
+        """Return how many slots of a query count for the drift, ``[B, H]``."""
         assert step.budgets is not None, "a layer is scored under a budget"
-        live = live_slots(store)
-        place = (live.long().cumsum(-1) - 1).double()[:, :, None]
-        best = torch.minimum(step.budgets[:, None] - self.queries, store.counts).clamp_min(1)
-        best = best.to(attention.device)[:, :, None]  # [B, H, 1]
-        means = []
-        for row in attention.unbind(3):  # [B, H, G, S]: one query at a time bounds memory
-            chosen = top_mask(row.masked_fill(~live[:, :, None], -1.0), best)
-            means.append((place * chosen).sum(-1) / best)
-        return torch.stack(means, -1)
+        return torch.minimum(step.budgets[:, None] - self.queries, store.counts).clamp_min(1)
 
 
-@method(name="rest-kv", paper="ReST-KV", year=2026, arxiv="2605.08840", certainty="code")
+@method(
+    name="rest-kv",
+    paper="ReST-KV",
+    year=2026,
+    arxiv="2605.08840",
+    certainty="code",
+    oracle="an-yongqi/rest-kv",
+)
 def rest_kv(
     *,
     window: int = 32,
