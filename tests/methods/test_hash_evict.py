@@ -247,12 +247,15 @@ def test_refuses_models_that_expand_what_they_cache() -> None:
     model = tiny("deepseek-v3")
     with pytest.raises(UnsupportedSignal, match="eviction before attention"):
         kvsieve.attach(model, recipe())
+    with kvsieve.Cache(model, recipe(schedule="each-step", source="key")) as cache:
+        model(prompt(20), past_key_values=cache)
+        model(prompt(1, seed=3), past_key_values=cache)
+        assert cache.session.layers[0].store.counts.max() == M
+        latents = cache.session.layers[0].store.counts.shape[1] == 1
+    if not latents:
+        pytest.skip("older releases cache what they have expanded: keys, as of other models")
     with (
         kvsieve.Cache(model, recipe(schedule="each-step")) as cache,
         pytest.raises(UnsupportedSignal, match="caches latents"),
     ):
         model(prompt(20), past_key_values=cache)
-    with kvsieve.Cache(model, recipe(schedule="each-step", source="key")) as cache:
-        model(prompt(20), past_key_values=cache)
-        model(prompt(1, seed=3), past_key_values=cache)
-        assert cache.session.layers[0].store.counts.max() == M
