@@ -182,6 +182,12 @@ PYRAMIDS: list[dict[str, Any]] = [
     {"compression_ratio": 0.5, "window_size": 4, "kernel_size": 5, "beta": 20},
     {"compression_ratio": 0.7, "window_size": 4, "kernel_size": 5, "beta": 5},
 ]
+THRESHOLDS: list[tuple[str, float, int]] = [
+    ("knorm", -4.7, 16),
+    ("knorm", -4.9, 1),
+    ("keydiff", -0.3, 16),
+    ("keydiff", 0.1, 40),
+]
 TEMPLATE = (
     "<|system|>\nanswer the question\n<|user|>\n{{ messages[0]['content'] }}<|end|>\n<|assistant|>"
 )
@@ -405,6 +411,25 @@ def make_pyramid(out: Path) -> None:
     write(out / "kvpress_pyramidkv.safetensors", tensors, {"cases": PYRAMIDS})
 
 
+def make_dms(out: Path) -> None:
+    """The threshold wrapper (no compression ratio): what it left, [L, B, H, S]; no inputs."""
+    bases = {"knorm": kvpress.KnormPress, "keydiff": kvpress.KeyDiffPress}
+    tensors = {}
+    for kind in KIND:
+        model, ids = build(kind, 2), prompt(B)
+        full = prefill(model, ids)
+        for index, (name, threshold, window) in enumerate(THRESHOLDS):
+            press = kvpress.DMSPress(
+                press=bases[name](), threshold=threshold, sliding_window_size=window
+            )
+            got = run(model, press, ids, full)
+            near = (got["base_score"] - threshold).abs().min().item()
+            if near < MARGIN * abs(threshold):
+                raise SystemExit(f"{name} {threshold}: a score is {near:.1e} away")
+            tensors[f"{kind}.case{index}.kept"] = got["kept"]
+    write(out / "kvpress_dms.safetensors", tensors, {"cases": THRESHOLDS})
+
+
 def save_tokenizer(folder: str, template: str | None) -> None:
     """A word-level tokenizer that knows the peer's prompts, so that no hub is asked."""
     vocab = {word: index for index, word in enumerate(["\n", *WORDS])}
@@ -496,6 +521,7 @@ def main() -> None:
     for kind in KIND:
         make_scores(kind, args.out)
     make_pyramid(args.out)
+    make_dms(args.out)
     make_kvzip(args.out)
     make_model(args.out)
 

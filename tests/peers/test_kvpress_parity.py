@@ -186,6 +186,17 @@ def test_criticalkv_second_stage_scores(case: str, model: str) -> None:
         torch.testing.assert_close(weighted[second], want[second], rtol=1e-5, atol=0.0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("case", range(4))
+def test_threshold_eviction(case: int, kind: str) -> None:
+    tensors, header = load("kvpress_dms")
+    scorer, threshold, delay = header["cases"][case]
+    recipe = kvsieve.recipe("threshold", scorer=scorer, threshold=threshold, delay=delay)
+    want = tensors[f"{kind}.case{case}.kept"]
+    assert torch.equal(kept(recipe, kvpress_layers(f"kvpress_{kind}")), want)
+    assert 0.02 < want.float().mean() < 0.99
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_pyramidkv_scores_as_snapkv(model: str) -> None:
     recipe = kvsieve.recipe("pyramidkv", budget=HALF, **SNAPKV)

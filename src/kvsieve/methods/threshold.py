@@ -32,6 +32,7 @@ from kvsieve.registry import find, method
     year=2025,
     arxiv="2506.05345",
     certainty="code",
+    oracle="kvpress 0.5.5",
     wraps=True,
 )
 def threshold(
