@@ -67,7 +67,7 @@ def test_sample_has_sizes() -> None:
 def test_version_and_help() -> None:
     assert call("--version") == (0, f"kvsieve {kvsieve.__version__}\n", "")
     assert call("--help").code == call().code == 0
-    for command in ("run", "compare", "sample", "methods", "show", "bench"):
+    for command in ("run", "compare", "calibrate", "sample", "methods", "show", "bench"):
         assert command in call().out
         assert call(command, "--help").code == 0
 

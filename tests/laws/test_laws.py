@@ -567,6 +567,23 @@ def test_masking_with_attention_sinks_and_sliding_layers(case: str, family: str)
     check_oracle(chosen, trace, build(family), [1, 3])
 
 
+# -- or keys move, and then they stand side by side in front of what comes next --------------------
+
+
+@each_compressing
+def test_moved_keys_stand_side_by_side(case: Case) -> None:
+    moving = dataclasses.replace(case, options=case.options | {"rerotate": True})
+    with forced_run(tiny("llama"), moving.recipe(), keep_open=True).cache as cache:
+        for layer in cache.session.layers:
+            store, counts = layer.store, layer.store.counts
+            place = store.standing.expand(*counts.shape, -1)
+            live = torch.ones_like(place) if store.live is None else store.live
+            for b, seen in enumerate(store.seen.tolist()):
+                for h, n in enumerate(counts[b].tolist()):
+                    held = place[b, h][live.expand_as(place)[b, h].bool()]
+                    assert held.tolist() == list(range(seen - n, seen))
+
+
 # -- 8. compression does something -----------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from models import padded, prompt, tiny
+from running import kept as held_by
 
 import kvsieve
 from kvsieve.errors import RecipeError
@@ -246,6 +248,24 @@ def test_while_decoding_the_last_queries_and_the_true_position_count() -> None:
         got = formula(part, h, FULL, asked=range(10, 17), now=17)
         want.append([held[j] for j in best(got, 8, [0, 1])])
     assert run.kept() == [want]
+
+
+@torch.no_grad()
+def test_positions_that_count_padding_make_no_difference() -> None:
+    """The future starts where the caller's positions are, whatever they count."""
+    ids, mask = padded([prompt(40), prompt(23, 1)])
+    small = kvsieve.recipe("expected-attention", budget=12, sinks=2, future=8, interval=2)
+    found = []
+    for counted in (mask.cumsum(1) - 1, torch.arange(40)[None].expand(2, -1) + 100):
+        with kvsieve.Cache(tiny("llama"), small) as cache:
+            place, more = counted.clamp_min(0), mask
+            for _ in range(4):
+                tiny("llama")(ids, attention_mask=more, position_ids=place, past_key_values=cache)
+                found.append(held_by(cache))
+                more = torch.cat([more, more.new_ones(2, 1)], 1)
+                ids, place = prompt(60)[:, :2].view(2, 1), place[:, -1:] + 1
+        ids = padded([prompt(40), prompt(23, 1)])[0]
+    assert found[:4] == found[4:]
 
 
 def test_a_prompt_of_sinks_alone_is_finite() -> None:
