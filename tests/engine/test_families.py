@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from models import FAMILIES, LATENT, padded, prompt, tiny
-from running import decode, row_of
+from running import decode, row_of, skip_refused
 from torch import Tensor
 
 import kvsieve
 from kvsieve import Recipe
-from kvsieve.errors import EngineError
 
 pytestmark = pytest.mark.oldest
 
@@ -29,19 +28,7 @@ RECIPES = {
 FORCED = torch.cat([prompt(50, seed)[:, -STEPS:] for seed in (0, 1)])
 
 
-def refused(family: str) -> bool:
-    """Whether this release gives the family a cache of its own."""
-    return family == "qwen3-next" and not tiny(family)._supports_default_dynamic_cache()
-
-
 families = pytest.mark.parametrize("family", FAMILIES)
-
-
-def skip_refused(family: str) -> None:
-    if refused(family):
-        with pytest.raises(EngineError, match="its own kind of cache"):
-            kvsieve.attach(tiny(family), kvsieve.recipe("full"))
-        pytest.skip("refused in this release, as asserted")
 
 
 def recipe(name: str, family: str) -> Recipe:
