@@ -34,6 +34,8 @@ def check(recipe: Recipe) -> None:
     if recipe.acts_before:
         _check_moment(recipe)
     _check_ratio(recipe)
+    if recipe.rerotate:
+        _check_rerotation(recipe)
 
 
 def _check_spans(name: str, spans: tuple[tuple[int, int], ...]) -> None:
@@ -63,6 +65,16 @@ def _check_moment(recipe: Recipe) -> None:
         raise RecipeError(
             f"Schedule {str(recipe.schedule)!r} cuts a layer before it attends, but "
             f"{recipe.method!r} {why}. Use 'each-step', or a method of scope 'head' or 'layer'."
+        )
+
+
+def _check_rerotation(recipe: Recipe) -> None:
+    made = [column.name for column in recipe.columns if column.of_key]
+    if recipe.summarise is not None or made:
+        what = f"the {made[0]} of each key" if made else "a summary of keys that were dropped"
+        raise RecipeError(
+            f"{recipe.method!r} remembers {what} as they stood: moving the kept ones would make it "
+            "wrong. Leave rerotate out, or use another method."
         )
 
 

@@ -61,12 +61,14 @@ class Moment(Enum):
 class Column:
     """Per-slot state that the table carries: one value per (row, head, slot).
 
-    ``fill`` is what a new slot starts with.
+    ``fill`` is what a new slot starts with; ``of_key``: it was made from the key where it stood, so
+    that keys must not move.
     """
 
     name: str
     fill: float = 0.0
     dtype: torch.dtype = torch.float32
+    of_key: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvsieve
-from kvsieve.errors import UnsupportedSignal
+from kvsieve.errors import RecipeError, UnsupportedSignal
 from kvsieve.keys import unrotated_keys
 from kvsieve.step import Step
 
@@ -156,6 +156,14 @@ def test_latents_and_changing_rotations_are_refused_by_name(name: str) -> None:
         with pytest.raises(UnsupportedSignal, match=f"'{name}' needs re-rotation of keys.*rotary"):
             kvsieve.attach(model, recipe(name, **small))
         kvsieve.attach(model, kvsieve.recipe(name, budget=6, rerotate=False, **small))
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("momentkv", "a summary of keys"), ("hash-evict", "the code of each key")]
+)
+def test_what_was_made_from_keys_where_they_stood_is_refused_by_name(name: str, what: str) -> None:
+    with pytest.raises(RecipeError, match=f"'{name}' remembers {what}.*Leave rerotate out"):
+        recipe(name, budget=600)
 
 
 def test_models_without_rotary_positions_are_refused_by_name() -> None:

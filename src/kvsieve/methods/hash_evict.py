@@ -57,7 +57,7 @@ class HashDistance(ScorerDefaults):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        return (Column(name="code", dtype=code_dtype(self.bits)),)
+        return (Column(name="code", dtype=code_dtype(self.bits), of_key=True),)
 
     def projection(self, step: Step, like: Tensor) -> Tensor:
         """Return R ``[D, L]`` of the layer, for vectors ``like [..., D]``."""
