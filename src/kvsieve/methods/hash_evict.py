@@ -10,10 +10,10 @@ q_t: the new token's queries (``source="query"``, the paper) or its key (``sourc
 code). Codes of keys, as cached, are a column. Sinks and the ``recent`` last tokens are protected.
 The number of bits that differ estimates the angle; the norm of a key has no part in it.
 
-A decode step costs L D per head to hash its token and S codes to compare: no attention, and the
-step itself reads no more than the budget. A prompt is cut to its first and most recent tokens, as
-in the code. To feed a prompt's rest with eviction, give it token by token (and no
-``prompt_length``).
+A decode step costs L D per head to hash its token and S codes to compare, beside the copy of the
+table that any eviction makes: no attention, and the step itself reads no more than the budget. A
+prompt is cut to its first and most recent tokens, as in the code. To feed a prompt's rest with
+eviction, give it token by token (and no ``prompt_length``).
 
 Differs from the paper: D sums over grouped queries (the paper has none). Among equal scores, which
 are frequent, the oldest goes (the code: the first slot). Slots stay in the order of their tokens.
