@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 PEER := .venv-peer/bin
+VLLM := .venv-vllm/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench test-oldest peer clean
+.PHONY: help demo test test-fast check format bench test-oldest test-vllm test-vllm-all peer clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +54,19 @@ bench: .venv/.ready ## speed rows side by side (slow; see `kvsieve bench speed -
 test-oldest: .venv-oldest/.ready ## the laws on the oldest supported Transformers
 	$(OLDEST)/python -m pytest -q -m oldest
 
+.venv-vllm/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/python -m pip install $(PIP_FLAGS) --no-deps -r constraints-vllm.txt
+	$(VLLM)/python -m pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+# Warnings of vLLM and what it imports are no errors of ours.
+test-vllm: .venv-vllm/.ready ## the vLLM plugin, in an environment with vLLM for CPUs
+	$(VLLM)/python -m pytest -q -W default -m "not slow" tests/vllm
+
+test-vllm-all: .venv-vllm/.ready ## the same with the slow tests: soak, all recipes
+	$(VLLM)/python -m pytest -q -W default tests/vllm
+
 peer: ## the environment of kvpress, for parity vectors and speed comparisons
 	$(PYTHON) -m venv .venv-peer
 	$(PEER)/python -m pip install $(PIP_FLAGS) torch==2.13.0
@@ -60,4 +74,4 @@ peer: ## the environment of kvpress, for parity vectors and speed comparisons
 	$(PEER)/python -m pip install $(PIP_FLAGS) --no-deps kvpress==0.5.5
 
 clean: ## remove environments and caches
-	rm -rf .venv .venv-oldest .venv-peer .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-peer .venv-vllm .pytest_cache .ruff_cache .hypothesis

@@ -17,10 +17,13 @@ from kvsieve.store import Store
 
 
 class Decision:
-    """A recipe's budget, protection, allocator and compressor, applied to a session's layers."""
+    """A recipe's budget, protection, allocator and compressor, applied to a session's layers.
 
-    def __init__(self, recipe: Recipe, layers: list[LayerState]) -> None:
-        self.recipe, self.layers = recipe, layers
+    ``prompt``: the prompt's length where it is known, else 0.
+    """
+
+    def __init__(self, recipe: Recipe, layers: list[LayerState], prompt: int = 0) -> None:
+        self.recipe, self.layers, self.prompt = recipe, layers, prompt
 
     def check_bytes(self) -> None:
         """Refuse bytes that don't hold one row, as far as it can be told before anything runs."""
@@ -35,15 +38,20 @@ class Decision:
         assert schedule is not None, "only asked of recipes that compress"
         held = [x.store.counts.amax(1) for x in self.layers if x.store.slots]
         slots = torch.stack(held).amax(0) if held else torch.zeros(1, dtype=torch.int64)
-        new = forward.T if forward.live is None else forward.live.sum(1).cpu()
+        seen = self.layers[0].store.seen if held else slots
+        live = forward.live
+        new = torch.full_like(slots, forward.T) if live is None else live.sum(1).cpu()
         occasions = [
             Occasion(
                 prefill=forward.prefill,
                 prompt_complete=complete,
                 decoded=decoded,
-                slots=n,
+                slots=int(n),
+                seen=int(passed),
+                new=int(fresh),
+                prompt=self.prompt,
             )
-            for n in (slots + new).tolist()
+            for n, passed, fresh in zip(slots + new, seen + new, new, strict=True)
         ]
         return torch.tensor([schedule.due(occasion) for occasion in occasions])
 
@@ -74,8 +82,14 @@ class Decision:
         if forward.budgets is None:
             geometry = self.geometry(store.seen.numel())
             assert geometry is not None, "known as soon as something is stored"
-            forward.budgets = self.recipe.budgets(store.seen, geometry)
+            forward.budgets = self.recipe.budgets(store.seen, geometry) + self.tails()
         return forward.budgets
+
+    def tails(self) -> Tensor:
+        """Return each row's newest slots that this compression leaves alone, ``[B]`` int64."""
+        schedule, seen = self.recipe.schedule, self.layers[0].store.seen
+        assert schedule is not None, "a recipe that compresses has a schedule"
+        return torch.tensor([schedule.tail(n, self.prompt) for n in seen.tolist()])
 
     def geometry(self, rows: int) -> Geometry | None:
         """What a slot costs; None before anything is stored, if the engine couldn't tell."""
@@ -155,8 +169,9 @@ class Decision:
             window=self.recipe.recent_slots(int(self.budgets(forward).min())),
             prediction=forward.prediction,
         )
+        recent = self._recent(forward)
         scores = [
-            self._protected(p.scores, store, round.budgets)
+            self._protected(p.scores, store, recent)
             for p, store in zip(waiting, stores, strict=True)
         ]
         counts = self.recipe.allocator.allocate(scores, round)
@@ -177,7 +192,14 @@ class Decision:
                 changed.append(self.layers[pending.ordinal])
         return changed
 
-    def _protected(self, scores: Tensor, store: Store, budgets: Tensor) -> Tensor:
+    def _recent(self, forward: Forward) -> Tensor:
+        """Return how many of each row's newest tokens stay, ``[B]``."""
+        tails = self.tails()
+        budgets = (self.budgets(forward) - tails).tolist()
+        recent = torch.tensor([self.recipe.recent_slots(budget) for budget in budgets])
+        return torch.maximum(recent, tails)
+
+    def _protected(self, scores: Tensor, store: Store, recent: Tensor) -> Tensor:
         """Apply protection and liveness to raw scores: +inf stays, -inf is no slot at all."""
         if bool(scores.isnan().any()):
             raise RecipeError(
@@ -185,7 +207,6 @@ class Decision:
                 "not finite, or the scorer divides by zero. Nothing was removed in this layer."
             )
         position = store["position"]  # [B, 1|H, S]
-        recent = torch.tensor([self.recipe.recent_slots(b) for b in budgets.tolist()])
         first_recent = (store.seen - recent).to(scores.device)[:, None, None]
         safe = (position < self.recipe.sinks) | (position >= first_recent)
         for start, end in self.recipe.protect:

@@ -76,13 +76,18 @@ class Occasion:
     """What a schedule looks at: where in the run we are.
 
     ``decoded`` counts the single-token forwards since the last prompt part, this one included;
-    ``slots`` is the largest number of live slots in any (row, head) of the layer.
+    ``slots`` is the largest number of live slots in any (row, head) of the layer; ``seen`` the
+    row's tokens that will have passed with this forward, ``new`` of them its own; ``prompt`` the
+    prompt's length where it is known, else 0.
     """
 
     prefill: bool
     prompt_complete: bool
     decoded: int
     slots: int
+    seen: int = 0
+    new: int = 0
+    prompt: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +195,10 @@ class Schedule(Protocol):
 
         0: it may be due now; None: never while decoding.
         """
+        ...
+
+    def tail(self, seen: int, prompt: int = 0) -> int:
+        """Newest tokens that a compression after ``seen`` tokens leaves alone, above the budget."""
         ...
 
 

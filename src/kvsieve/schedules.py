@@ -20,6 +20,10 @@ class _Combinable:
     def __or__(self, other: Schedule) -> Either:
         return Either(self, other)  # type: ignore[arg-type]
 
+    def tail(self, seen: int, prompt: int = 0) -> int:
+        """Nothing is left out: every slot that is not protected may go."""
+        return 0
+
 
 @dataclass(frozen=True)
 class AfterPrefill(_Combinable):

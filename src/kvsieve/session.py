@@ -50,7 +50,7 @@ class Session:
         self.chosen = Chosen() if recipe.dynamic else None
         self.outlook = Outlook(recipe.method) if Signal.LOGITS in recipe.needs else None
         self._pending: list[Pending] = []
-        self.decision = Decision(recipe, self.layers)
+        self.decision = Decision(recipe, self.layers, prompt_length or 0)
         self.decision.check_bytes()
 
     # -- one forward ---------------------------------------------------------------------------

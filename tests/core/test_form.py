@@ -116,7 +116,9 @@ def test_every_module_can_be_imported() -> None:
 
     for path in FILES:
         parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] in ("kernels", "vllm") or parts[-1] == "__main__":
+        if parts[0] == "kernels" or parts[-1] == "__main__":
             continue
+        if parts[:2] == ("engines", "vllm") and any(x.startswith("vllm") for x in imports(path)):
+            continue  # tests/vllm imports these
         name = ".".join(["kvsieve", *(part for part in parts if part != "__init__")])
         import_module(name)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ IDENTITY = (
 )
 
 
-def key(row: Row) -> str:
+def key(row: Row, identity: Sequence[str] = IDENTITY) -> str:
     """Return what a row is of, as text: equal for the same cell under the same settings."""
-    return json.dumps([row[name] for name in IDENTITY], sort_keys=True)
+    return json.dumps([row[name] for name in identity], sort_keys=True)
 
 
-def read(path: Path) -> list[Row]:
-    """Return a file's speed rows; a line that a killed run left unfinished is skipped."""
+def read(path: Path, kind: str = KIND, version: int = VERSION) -> list[Row]:
+    """Return a file's rows of a kind; a line that a killed run left unfinished is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -41,7 +42,7 @@ def read(path: Path) -> list[Row]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and (row.get("kind"), row.get("version")) == (KIND, VERSION):
+        if isinstance(row, dict) and (row.get("kind"), row.get("version")) == (kind, version):
             rows.append(row)
     return rows
 

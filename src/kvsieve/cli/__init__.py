@@ -1,4 +1,4 @@
-"""The command line: `kvsieve run | compare | calibrate | methods | bench | report | ...`."""
+"""The command line: `kvsieve run | compare | serve | calibrate | bench | report | ...`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kvsieve.cli.recommend import recommend
 from kvsieve.cli.report import report
 from kvsieve.cli.run import run
 from kvsieve.cli.sample import sample
+from kvsieve.cli.serve import CONTEXT, serve
 from kvsieve.cli.show import show
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (run, compare, calibrate, sample, methods, show, report, recommend):
     app.command()(command)
+app.command(context_settings=CONTEXT)(serve)
 app.add_typer(bench, name="bench")
 
 

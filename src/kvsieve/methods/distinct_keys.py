@@ -86,6 +86,7 @@ class DistinctKeys(ScorerDefaults):
     year=None,
     arxiv=None,
     certainty="own",
+    engines=("transformers", "vllm"),
 )
 def distinct_keys(
     *,

@@ -125,6 +125,7 @@ class ExpectedAttention(ScorerDefaults):
     arxiv="2510.00636",
     certainty="paper and code",
     oracle="kvpress 0.5.5",
+    engines=("transformers", "vllm"),
 )
 def expected_attention(
     *,

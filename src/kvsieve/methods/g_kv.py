@@ -106,6 +106,7 @@ class GlobalAttention(ScorerDefaults):
     arxiv="2512.00504",
     certainty="paper and code",
     oracle="microsoft/G-KV",
+    engines=("transformers", "vllm"),
 )
 def g_kv(
     *,

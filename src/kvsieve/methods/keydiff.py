@@ -55,6 +55,7 @@ class KeyDiff(ScorerDefaults):
     arxiv="2504.15364",
     certainty="paper and code",
     oracle="kvpress 0.5.5",
+    engines=("transformers", "vllm"),
 )
 def keydiff(*, anchor: Anchor = "unit", interval: int = 128) -> Recipe:
     """``anchor``: mean of normalised keys (unit) or of keys (mean); ``interval``: decode steps

@@ -38,6 +38,7 @@ class Knorm(ScorerDefaults):
     arxiv="2406.11430",
     certainty="paper and code",
     oracle="kvpress 0.5.5",
+    engines=("transformers", "vllm"),
 )
 def knorm(*, interval: int = 128) -> Recipe:
     """``interval``: decode steps between two compressions."""

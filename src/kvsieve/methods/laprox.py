@@ -95,6 +95,7 @@ class LaProx(ScorerDefaults):
     year=2026,
     arxiv="2605.07234",
     certainty="secondary description",
+    engines=("transformers", "vllm"),
 )
 def laprox(
     *,

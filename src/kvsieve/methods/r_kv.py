@@ -55,6 +55,7 @@ class ImportanceRedundancy(ScorerDefaults):
     arxiv="2505.24133",
     certainty="paper and code",
     oracle="microsoft/G-KV",
+    engines=("transformers", "vllm"),
 )
 def r_kv(
     *,

@@ -49,6 +49,7 @@ class Random(ScorerDefaults):
     arxiv=None,
     certainty="own",
     chunk_invariant=True,
+    engines=("transformers", "vllm"),
 )
 def random(*, seed: int = 0, interval: int = 128) -> Recipe:
     """``seed`` of the numbers; ``interval``: decode steps between two compressions."""

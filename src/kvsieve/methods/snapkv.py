@@ -28,6 +28,7 @@ from kvsieve.scoring import Pooling
     arxiv="2404.14469",
     certainty="paper and code",
     oracle="kvpress 0.5.5",
+    engines=("transformers", "vllm"),
 )
 def snapkv(*, window: int = 32, kernel: int = 5, pooling: Pooling = "avg") -> Recipe:
     """``window``: observed (and protected) last tokens; ``kernel``, ``pooling``: smoothing."""

@@ -25,6 +25,7 @@ from kvsieve.scorers import Recency
     certainty="paper and code",
     oracle="kvpress 0.5.5",
     chunk_invariant=True,
+    engines=("transformers", "vllm"),
 )
 def streaming_llm(*, sinks: int = 4) -> Recipe:
     """``sinks``: first tokens that always stay."""

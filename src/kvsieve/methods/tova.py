@@ -43,6 +43,7 @@ class LastAttention(ScorerDefaults):
     arxiv="2401.06104",
     certainty="paper and code",
     oracle="kvpress 0.5.5",
+    engines=("transformers", "vllm"),
 )
 def tova() -> Recipe:
     """No options: the last token is protected."""
