@@ -17,9 +17,9 @@ from kvsieve.engines.vllm.effective import Effective
 
 @dataclass
 class Kept:
-    """Positions that vLLM kept: ``(request, n, layer) -> [H][slots]``."""
+    """Positions that vLLM kept after a forward: ``(request, n0, n1, layer) -> [H][slots]``."""
 
-    of: dict[tuple[int, int, int], list[list[int]]] = field(default_factory=dict)
+    of: dict[tuple[int, int, int, int], list[list[int]]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def watching(llm: Any) -> Iterator[Kept]:
 
     def keep(self: Any, event: Any, store: Any) -> None:
         original(self, event, store)
-        key = (number(event.row.key), event.row.n1, ordinal[id(self)])
+        key = (number(event.row.key), event.row.n0, event.row.n1, ordinal[id(self)])
         kept.of[key] = self.requests[event.row.key].columns["position"][0].tolist()
 
     Beside.keep = keep  # type: ignore[method-assign]
@@ -45,12 +45,15 @@ def watching(llm: Any) -> Iterator[Kept]:
 
 @dataclass
 class Difference:
-    """Between two engines: the largest of log-probabilities, and compactions that disagree."""
+    """Between two engines: compactions that disagree, and the largest of log-probabilities.
+
+    Below -10, where fp32 has no more digits to give, a difference counts by the tenth of its size.
+    """
 
     logprob: float = 0.0
     compared: int = 0
     events: int = 0
-    unequal: list[tuple[int, int, int]] = field(default_factory=list)
+    unequal: list[tuple[int, int, int, int]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -59,6 +62,7 @@ def replay(model: Any, made: Effective | None, served: list[Served], kept: Kept)
     found = Difference()
     recipe = kvsieve.recipe("full") if made is None else made.recipe
     for index, one in enumerate(served):
+        done = 0  # what a preempted request reads again was said before
         whole = one.prompt + one.tokens
         for life in _lives(one.forwards):
             with kvsieve.Cache(model, recipe, prompt_length=len(one.prompt)) as cache:
@@ -69,11 +73,12 @@ def replay(model: Any, made: Effective | None, served: list[Served], kept: Kept)
                     logits = model(
                         ids, position_ids=place, past_key_values=cache, use_cache=True
                     ).logits[0, -1]
-                    _compare_kept(found, cache, kept, index, n)
-                    if len(one.prompt) <= n < len(whole):
+                    _compare_kept(found, cache, kept, (index, n0, n))
+                    if max(len(one.prompt), done + 1) <= n < len(whole):
+                        done = n
                         theirs = one.logprobs[n - len(one.prompt)]
                         ours = float(logits.log_softmax(-1)[whole[n]])
-                        found.logprob = max(found.logprob, abs(ours - theirs))
+                        found.logprob = max(found.logprob, abs(ours - theirs) / max(1, -ours / 10))
                         found.compared += 1
     return found
 
@@ -88,11 +93,13 @@ def _lives(forwards: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return lives
 
 
-def _compare_kept(found: Difference, cache: Any, kept: Kept, index: int, n: int) -> None:
+def _compare_kept(
+    found: Difference, cache: Any, kept: Kept, forward: tuple[int, int, int]
+) -> None:
     for ordinal, layer in enumerate(cache.session.layers):
-        theirs = kept.of.get((index, n, ordinal))
+        theirs = kept.of.get((*forward, ordinal))
         if theirs is None:
             continue
         found.events += 1
         if positions_of(layer.store)[0] != theirs:
-            found.unequal.append((index, n, ordinal))
+            found.unequal.append((*forward, ordinal))

@@ -84,20 +84,28 @@ def free_blocks(llm: LLM) -> int:
 
 
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
-    """Return random tokens that mean nothing."""
+    """Return random tokens that mean nothing, and don't repeat.
+
+    Equal tokens have equal keys in the first layer, and which of two equal scores wins would be left
+    to rounding.
+    """
     r = random.Random(seed)
-    return [[r.randrange(3, VOCAB) for _ in range(n)] for n in lengths]
+    return [r.sample(range(3, VOCAB), n) for n in lengths]
 
 
 def serve(
     llm: LLM, given: Sequence[list[int]], tokens: int, params: dict[str, Any] | None = None
 ) -> Run:
-    """Serve all prompts at once, ``tokens`` each, greedily."""
+    """Serve all prompts at once, ``tokens`` each, greedily; no token comes twice (see ``prompts``).
+
+    Log-probabilities are those of the model, whatever the penalty does.
+    """
     made = Run(served=[Served(prompt) for prompt in given])
     core = llm.llm_engine
     with _written_down(scheduler(llm), made):
         for i, prompt in enumerate(given):
             sampling = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+            sampling |= {"repetition_penalty": 1e6}
             core.add_request(
                 str(i), {"prompt_token_ids": prompt}, SamplingParams(**(sampling | (params or {})))
             )
