@@ -56,7 +56,9 @@ def test_it_is_the_definition(columns: Columns, n: int, prompt: int) -> None:
 
 
 @given(schedules(), st.integers(0, 400))
-def test_it_only_grows_and_takes_whole_columns_that_are_there(columns: Columns, prompt: int) -> None:
+def test_it_only_grows_and_takes_whole_columns_that_are_there(
+    columns: Columns, prompt: int
+) -> None:
     values = [columns.dropped(n, prompt) for n in range(900)]
     for before, after in pairwise(values):
         assert after >= before
@@ -122,7 +124,9 @@ def test_after_prompt_does_not_depend_on_how_the_prompt_was_cut(
         n += tokens
     whole = [prompt, *range(prompt + 1, n + 1)]
     expected = [
-        b for a, b in pairwise([0, *whole]) if columns.dropped(b, prompt) > columns.dropped(a, prompt)
+        b
+        for a, b in pairwise([0, *whole])
+        if columns.dropped(b, prompt) > columns.dropped(a, prompt)
     ]
     assert events == expected
 

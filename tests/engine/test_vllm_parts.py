@@ -80,9 +80,7 @@ def test_tiles_go_there_and_back(size: int, D: int, kind: str) -> None:
     tiles = order.pack(plain)
     assert tiles.shape == (2, 3, size, D)
     # By definition: element j of a tile is plain element tile[j].
-    assert torch.equal(
-        tiles[1, 2].reshape(-1), plain[2, size:].reshape(-1)[tile]
-    )
+    assert torch.equal(tiles[1, 2].reshape(-1), plain[2, size:].reshape(-1)[tile])
     assert torch.equal(order.unpack(tiles), plain)
 
 
@@ -120,9 +118,7 @@ def scenario(parts: list[int], method: str, policy: str, **options: Any) -> None
     info = LayerInfo(ordinal=0, heads=H, rotary=rotary, output_projection=lambda: w_o(H, G, D))
     session = Session(made.recipe, [info], prompt_length=prompt)
     tally = Tally()
-    sieve = LayerSieve(
-        made.recipe, info, PlainTiles(), tally, heads=H, scale=D**-0.5, poison=True
-    )
+    sieve = LayerSieve(made.recipe, info, PlainTiles(), tally, heads=H, scale=D**-0.5, poison=True)
     cache = torch.zeros(64, H, block, 2 * D)
     table = torch.randperm(64)[None]
     places, n = Places(), 0
@@ -192,7 +188,9 @@ def test_lost_positions_are_an_error_not_a_guess() -> None:
     work_plan = plan(made.columns, [row(n - 1, n, 4)])
     assert work_plan.events
     with pytest.raises(EngineError, match="positions of its kept slots are lost"):
-        sieve.after_attention(torch.zeros(1, 1, 2), cache, Work(plan=work_plan, table=table, gone=[]))
+        sieve.after_attention(
+            torch.zeros(1, 1, 2), cache, Work(plan=work_plan, table=table, gone=[])
+        )
 
 
 def test_places_are_used_again() -> None:
@@ -210,5 +208,3 @@ def test_metrics_have_prometheus_names() -> None:
     tally = Tally()
     tally.freed(3, 10)
     assert tally.to_dict()["blocks_freed"] == 3 and "_beside" not in tally.to_dict()
-
-

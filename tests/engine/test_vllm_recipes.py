@@ -59,7 +59,12 @@ def test_snapkv_leaves_decoding_alone_as_in_its_paper() -> None:
     [
         ("adakv", {}, RecipeError, "heads unequal.*Nearest possible recipe: snapkv"),
         ("pyramidkv", {}, RecipeError, "layers unequal.*Nearest possible recipe: snapkv"),
-        ("simlayerkv", {"recent": 16}, RecipeError, "layers unequal.*Nearest possible recipe: streaming-llm"),
+        (
+            "simlayerkv",
+            {"recent": 16},
+            RecipeError,
+            "layers unequal.*Nearest possible recipe: streaming-llm",
+        ),
         ("laprox", {}, RecipeError, "scope 'model'.*laprox with scope='head'"),
         ("expected-attention", {}, RecipeError, "expected-attention with adaptive=False"),
         ("distinct-keys", {"adaptive": True}, RecipeError, "distinct-keys with adaptive=False"),

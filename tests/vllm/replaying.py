@@ -93,9 +93,7 @@ def _lives(forwards: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return lives
 
 
-def _compare_kept(
-    found: Difference, cache: Any, kept: Kept, forward: tuple[int, int, int]
-) -> None:
+def _compare_kept(found: Difference, cache: Any, kept: Kept, forward: tuple[int, int, int]) -> None:
     for ordinal, layer in enumerate(cache.session.layers):
         theirs = kept.of.get((*forward, ordinal))
         if theirs is None:

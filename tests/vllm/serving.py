@@ -8,6 +8,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Small helpers of the sampler would be compiled by a C++ compiler in every process.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import random
 from collections.abc import Iterator, Sequence
@@ -86,8 +88,8 @@ def free_blocks(llm: LLM) -> int:
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     """Return random tokens that mean nothing, and don't repeat.
 
-    Equal tokens have equal keys in the first layer, and which of two equal scores wins would be left
-    to rounding.
+    Equal tokens have equal keys in the first layer, and which of two equal scores wins would be
+    left to rounding.
     """
     r = random.Random(seed)
     return [r.sample(range(3, VOCAB), n) for n in lengths]

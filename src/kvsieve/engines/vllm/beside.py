@@ -1,8 +1,8 @@
 """What a layer keeps beside vLLM's blocks, per request: positions, columns, queries, moments.
 
-Blocks hold keys and values only. Where slots came from and what a scorer carries with them
-is kept here, for the requests in flight and for compacted slots only: an uncompacted slot's position
-is its place, and its columns are as new.
+Blocks hold keys and values only. Where slots came from and what a scorer carries with them is kept
+here, for the requests in flight and for compacted slots only: an uncompacted slot's position is its
+place, and its columns are as new.
 """
 
 from __future__ import annotations

@@ -52,6 +52,21 @@ def check_version(found: str) -> None:
         )
 
 
+def check_platform() -> None:
+    """Refuse devices whose attention backends aren't wrapped yet.
+
+    Raises:
+        EngineError: not a CPU.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise EngineError(
+            "kvsieve's vLLM plugin compresses on CPUs only so far; its GPU backends are still to "
+            f"come (this is {current_platform.device_name!r}). Use kvsieve.attach on Transformers."
+        )
+
+
 def check_hooks() -> None:
     """Check that everything the plugin relies on is there, with the arguments it relies on.
 
@@ -109,17 +124,16 @@ def install() -> None:
     try:
         check_version(version())
         check_hooks()
+        check_platform()
     except EngineError as error:
         refuse_when_asked(error)
         return
-    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     import kvsieve.engines.vllm.spec  # noqa: F401  (registers itself)
 
-    if current_platform.is_cpu():
-        # vLLM's CPU platform always takes CPU_ATTN, whatever --attention-backend says.
-        register_backend(AttentionBackendEnum.CPU_ATTN, "kvsieve.engines.vllm.cpu.Backend")
+    # vLLM's CPU platform always takes CPU_ATTN, whatever --attention-backend says.
+    register_backend(AttentionBackendEnum.CPU_ATTN, "kvsieve.engines.vllm.cpu.Backend")
     from kvsieve.engines.vllm.metrics import TALLY
 
     TALLY.published = True
@@ -181,8 +195,7 @@ def introduce(runner: Any) -> None:
         if not isinstance(group.kv_cache_spec, SieveSpec):
             raise EngineError(
                 f"kvsieve was asked to compress, but the layers {', '.join(group.layer_names[:2])} "
-                f"... run in {group.backend.__name__}, which it doesn't reach. On a GPU, start with "
-                "--attention-backend CUSTOM."
+                f"... run in {group.backend.__name__}, which it doesn't reach."
             )
     if len(groups) != 1:
         raise EngineError("kvsieve can't run with several groups of KV caches (hybrid models).")

@@ -1,8 +1,8 @@
 """vLLM's CPU backend: its three classes with the mix-ins, and its layout inside a block.
 
-A layer's cache is ``[blocks, H, b, 2 D]``, seen as ``[blocks, H, 2 b, D]``: first the key tile, then
-the value tile of a (block, head). Inside a tile elements are permuted as the processor likes it
-(transposed keys, pairs interleaved for AMX). Which permutation it is is found out by writing a
+A layer's cache is ``[blocks, H, b, 2 D]``, seen as ``[blocks, H, 2 b, D]``: first the key tile,
+then the value tile of a (block, head). Inside a tile elements are permuted as the processor likes
+it (transposed keys, pairs interleaved for AMX). Which permutation it is is found out by writing a
 pattern through vLLM's own function.
 """
 

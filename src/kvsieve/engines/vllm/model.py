@@ -16,7 +16,7 @@ from kvsieve.store.rope import rotate
 
 
 def layer_info(model: Any, name: str, ordinal: int, impl: Any) -> LayerInfo:
-    """Return the description of the attention layer ``name`` (such as "model.layers.3.self_attn.attn").
+    """Describe the attention layer ``name``, such as "model.layers.3.self_attn.attn".
 
     ``impl``: its implementation, which knows heads and sizes of this worker's share.
     """

@@ -114,9 +114,7 @@ def register() -> None:
     """Make the spec known to vLLM; may be called more than once."""
     # A non-empty table would keep vLLM from registering its own specs.
     KVCacheSpecRegistry._ensure_registered()
-    KVCacheSpecRegistry.register(
-        SieveSpec, SieveManager, uniform_type_base_spec=FullAttentionSpec
-    )
+    KVCacheSpecRegistry.register(SieveSpec, SieveManager, uniform_type_base_spec=FullAttentionSpec)
 
 
 register()

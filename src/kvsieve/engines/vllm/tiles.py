@@ -71,7 +71,7 @@ class Permutation:
 
 
 def digits(tile: Tensor, count: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Find axes so that ``tile.view(stored).permute(order)`` counts 0, 1, 2, ...; None: there are none.
+    """Find axes so that ``tile.view(stored).permute(order)`` counts 0, 1, 2, ...; None: none do.
 
     ``tile [count]`` holds plain indices in stored order. Read from the innermost axis outwards: an
     axis goes on as long as its steps are equal and what lies inside it repeats.

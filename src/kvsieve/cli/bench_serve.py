@@ -1,0 +1,122 @@
+"""`kvsieve bench serve`: methods inside vLLM, with an equal pool of blocks."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvsieve.bench.rows import Row
+from kvsieve.cli import options as o
+from kvsieve.cli import settings
+from kvsieve.cli.guard import BadInput, Failed
+from kvsieve.cli.output import console, table
+from kvsieve.cli.serve import plugin_config, require_vllm
+
+
+def serve(
+    methods: Annotated[
+        str, typer.Option(help="Methods, commas between; the first is the one to compare with.")
+    ] = "full,g-kv,snapkv",
+    budget: Annotated[str, typer.Option(help="Slots per head.")] = "128",
+    set_: o.Set = None,
+    policy: Annotated[str, typer.Option(help="after-prompt or chunk.")] = "after-prompt",
+    model: o.Model = None,
+    kv_blocks: Annotated[int, typer.Option(help="Blocks of the pool, for every method.")] = 65,
+    block: Annotated[int, typer.Option(help="Slots of a block.")] = 32,
+    requests: Annotated[int, typer.Option(help="Requests, all sent at once.")] = 16,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 200,
+    output: Annotated[int, typer.Option(help="Tokens of each answer.")] = 600,
+    chunk: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Times to measure; methods take turns.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="A JSONL file: rows are added as they finish.", show_default=False),
+    ] = None,
+    shown: Annotated[
+        Path | None,
+        typer.Option("--table", help="Measure nothing: print such a file.", show_default=False),
+    ] = None,
+    json: o.Json = False,
+) -> None:
+    """Serve the same load under several methods: engine steps, preemptions, tokens per second.
+
+    Steps and preemptions are the scheduler's and repeat exactly; seconds are this machine's.
+    """
+    from kvsieve.bench import rows
+    from kvsieve.bench.serving import IDENTITY, KIND, VERSION, Load, measure
+
+    if shown is not None:
+        found = rows.read(shown, KIND, VERSION)
+        if not found:
+            raise BadInput(f"{str(shown)!r} has no rows of `kvsieve bench serve`.")
+        _show(found, json)
+        return
+    configs = _configs(methods, budget, set_ or [], policy)
+    load = Load(
+        model=_model(model), requests=requests, prompt=prompt, output=output, kv_blocks=kv_blocks,
+        block=block, chunk=chunk, dtype=dtype, threads=threads,
+    )  # fmt: skip
+    require_vllm()
+    known = {rows.key(row, IDENTITY): row for row in (rows.read(out, KIND, VERSION) if out else [])}
+
+    def said(name: str, number: int) -> None:
+        typer.echo(f"round {number + 1}: {name}", err=True)
+
+    measured: list[Row] = []
+    try:
+        for row in measure(load, configs, rounds, known.keys(), said):
+            measured.append(row)
+            if out:
+                rows.append(out, row)
+    except RuntimeError as error:
+        raise Failed(str(error)) from error
+    _show(measured or list(known.values()), json)
+
+
+def _configs(
+    methods: str, budget: str, pairs: Sequence[str], policy: str
+) -> dict[str, dict[str, Any] | None]:
+    import kvsieve
+
+    asked = settings.several(methods, budget, pairs, ())
+    configs: dict[str, dict[str, Any] | None] = {}
+    for name, options in asked.items():
+        recipe = kvsieve.recipe(name, **options)
+        configs[name] = plugin_config(recipe, policy) if recipe.compresses else None
+    return configs
+
+
+def _model(given: str | None) -> str:
+    from kvsieve.reference.loader import folder
+
+    return str(folder()) if given is None else given
+
+
+def _show(found: Sequence[Row], json: bool) -> None:
+    if json:
+        for row in found:
+            typer.echo(jsonlib.dumps(row))
+        return
+    numbers = ("blocks", "steps", "preempted", "running", "seconds", "tokens/s", "compacting")
+    made = table("load", "method", "policy", *numbers, right=numbers, whole=("load", "method"))
+    for row in found:
+        config = row["config"] or {}
+        made.add_row(
+            f"{row['requests']} x {row['prompt']}+{row['output']}",
+            row["method"],
+            config.get("policy", "–"),
+            str(row["kv_blocks"]),
+            str(row["steps"]),
+            str(row["preemptions"]),
+            f"{row['mean_running']:.1f} of {row['most_running']}",
+            f"{row['seconds']:.1f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['compaction_seconds'] / row['seconds']:.1%}",
+        )
+    console().print(made)
