@@ -206,5 +206,7 @@ def test_metrics_have_prometheus_names() -> None:
     assert len(list(names())) == len(METRICS)
     assert not [x for x, y in itertools.combinations(names(), 2) if x == y]
     tally = Tally()
-    tally.freed(3, 10)
-    assert tally.to_dict()["blocks_freed"] == 3 and "_beside" not in tally.to_dict()
+    tally.taken(10)
+    tally.freed(3)
+    assert tally.to_dict()["blocks_freed"] == 3 and tally.blocks_held == 7
+    assert "_beside" not in tally.to_dict()

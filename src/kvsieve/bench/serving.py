@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Serving measured: methods in vLLM with an equal pool of blocks, one process after another.
 
 ``python -m kvsieve.bench.serving`` is the process that serves once: it reads a ``Load`` as JSON

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Worker side, for any attention backend of vLLM: three mix-ins over its own three classes.
 
     class Backend(SieveBackend, TheirBackend)      puts the schedule into the cache spec
@@ -76,7 +77,7 @@ class SieveImpl:
         config = get_current_vllm_config()
         _Current.settings = read_settings(config)
         _Current.chunk = config.scheduler_config.max_num_batched_tokens
-        super().__init__(*args, **facts)
+        super().__init__(*args, **facts)  # type: ignore[call-arg]
         self.sieve: LayerSieve | None = None
         if _Current.settings is not None:
             check_layer(vars(self))
@@ -115,7 +116,7 @@ class SieveBuilder:
         device: Any,
         **facts: Any,
     ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **facts)
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device, **facts)  # type: ignore[call-arg]
         self.spec = kv_cache_spec if isinstance(kv_cache_spec, SieveSpec) else None
         self.names = layer_names
         self.requests: Any = None

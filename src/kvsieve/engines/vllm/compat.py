@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Everything that depends on vLLM's version: what it must provide, and the one patch.
 
 Official doors are used throughout (a general plugin, the backend registry, the KV cache spec

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """vLLM's CPU backend: its three classes with the mix-ins, and its layout inside a block.
 
 A layer's cache is ``[blocks, H, b, 2 D]``, seen as ``[blocks, H, 2 b, D]``: first the key tile,

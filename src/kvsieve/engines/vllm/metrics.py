@@ -57,12 +57,17 @@ class Tally:
             self._add("kvsieve_tokens_evicted", removed)
             self._set("kvsieve_side_bytes", self.side_bytes)
 
-    def freed(self, blocks: int, held: int) -> None:
-        """Count blocks that went back to the pool, and what is held now."""
+    def freed(self, blocks: int) -> None:
+        """Count blocks that compaction gave back to the pool."""
         self.blocks_freed += blocks
-        self.blocks_held = held
         self._add("kvsieve_blocks_freed", blocks)
-        self._set("kvsieve_blocks_held", held)
+        self.taken(-blocks)
+
+    def taken(self, blocks: int) -> None:
+        """Count blocks that requests took (or, negative, gave back)."""
+        if blocks:
+            self.blocks_held += blocks
+            self._set("kvsieve_blocks_held", self.blocks_held)
 
     def _add(self, name: str, amount: float) -> None:
         if self.published:

@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Scheduler side: a KV cache spec that carries the schedule, and its manager, which frees blocks.
 
 The spec travels from the workers to the engine core (pickled: unpickling imports this module,
@@ -6,7 +7,6 @@ which registers it). Nothing else of kvsieve runs there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -100,14 +100,21 @@ class SieveManager(FullAttentionManager):
             return
         before = self.block_pool.get_num_free_blocks()
         self._remove_blocks_in_range(request_id, self.columns.kept, dropped)
-        free = self.block_pool.get_num_free_blocks()
-        if free != before:
-            TALLY.freed(free - before, self.block_pool.num_gpu_blocks - 1 - free)
+        freed = self.block_pool.get_num_free_blocks() - before
+        if freed:
+            TALLY.freed(freed)
 
-    def held(self, request_id: str) -> int:
-        """Blocks that a request holds now."""
-        blocks: Sequence[Any] = self.req_to_blocks.get(request_id, ())
-        return sum(not block.is_null for block in blocks)
+    def allocate_new_blocks(self, *args: Any, **facts: Any) -> Any:
+        """Count what a request takes."""
+        taken = super().allocate_new_blocks(*args, **facts)
+        TALLY.taken(len(taken))
+        return taken
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        """Count what a request gives back when it ends or is preempted."""
+        blocks = super().pop_blocks_for_free(request_id)
+        TALLY.taken(-sum(not block.is_null for block in blocks))
+        return blocks
 
 
 def register() -> None:
