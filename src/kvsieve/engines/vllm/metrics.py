@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """What happened: plain counters in this process, and the same for Prometheus where it is there.
 
 vLLM's /metrics shows the counters of the process that answers; those of the engine and its
