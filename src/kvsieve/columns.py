@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvsieve.errors import BudgetError, RecipeError, choices
-from kvsieve.interfaces import Occasion
+from kvsieve.interfaces import Moment, Occasion
 
 Policy = Literal["after-prompt", "chunk"]
 POLICIES: tuple[Policy, ...] = ("after-prompt", "chunk")
@@ -110,6 +110,7 @@ class ColumnSchedule:
     """``Columns`` as the schedule of a recipe, whose budget must be ``columns.budget`` slots."""
 
     columns: Columns
+    moment: Moment = Moment.AFTER_ATTEND
 
     @property
     def slack(self) -> int | None:

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from kvsieve.bench.rows import Row
 from kvsieve.cli import options as o
 from kvsieve.cli import settings
 from kvsieve.cli.guard import BadInput, Failed
 from kvsieve.cli.output import console, table
 from kvsieve.cli.serve import plugin_config, require_vllm
+from kvsieve.cli.sweeps import Row
 
 
 def serve(
