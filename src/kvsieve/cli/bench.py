@@ -11,6 +11,7 @@ import typer
 
 from kvsieve.cli import bench_options as g
 from kvsieve.cli.bench_audit import audit
+from kvsieve.cli.bench_fidelity import fidelity
 from kvsieve.cli.bench_kept import kept
 from kvsieve.cli.bench_quality import quality
 from kvsieve.cli.bench_serve import serve
@@ -29,6 +30,7 @@ def root() -> None:
 bench.command()(quality)
 bench.command()(audit)
 bench.command()(kept)
+bench.command()(fidelity)
 
 
 @bench.command()

@@ -110,7 +110,7 @@ class Plan:
         found = [Asked(method="full", budget=None)]
         for text in self.methods:
             name, options = parse_method(text)
-            for asked in _at_budgets(name, options, self.budgets):
+            for asked in at_budgets(name, options, self.budgets):
                 if asked not in found:
                     found.append(asked)
         return found
@@ -124,7 +124,12 @@ class Plan:
         return [sized(task, seed=self.seed + i, length=self.length) for i in range(self.n)]
 
 
-def _at_budgets(name: str, options: dict[str, Any], budgets: Sequence[str]) -> Iterable[Asked]:
+def at_budgets(name: str, options: dict[str, Any], budgets: Sequence[str]) -> Iterable[Asked]:
+    """Return a method at each budget; one that removes nothing has none.
+
+    Raises:
+        RecipeError: an unknown option, a wrong budget, none where one is needed.
+    """
     if not find(name).build(**_own(name, options)).compresses:
         return [Asked(method=name, budget=None, options=options)]
     if not budgets:

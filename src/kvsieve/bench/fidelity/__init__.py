@@ -1,0 +1,1 @@
+"""How far a compressed cache moves what a model says, measured without a task."""
