@@ -7,7 +7,7 @@ VLLM := .venv-vllm/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench test-oldest test-vllm test-vllm-all peer clean
+.PHONY: help demo test test-fast check format bench harness test-oldest test-vllm test-vllm-all peer clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,10 @@ format: .venv/.ready ## rewrite files in the project's format
 
 bench: .venv/.ready ## speed rows side by side (slow; see `kvsieve bench speed --help`)
 	$(BIN)/kvsieve bench speed --out benchmarks/speed.jsonl
+
+harness: .venv/.ready ## add lm-evaluation-harness for `kvsieve bench tasks` (0.6 GB), and test it
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[harness]"
+	$(BIN)/python -m pytest -q tests/bench/test_harness.py tests/bench/test_harness_model.py
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -15,6 +15,7 @@ from kvsieve.cli.bench_fidelity import fidelity
 from kvsieve.cli.bench_kept import kept
 from kvsieve.cli.bench_quality import quality
 from kvsieve.cli.bench_serve import serve
+from kvsieve.cli.bench_tasks import tasks
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console
 from kvsieve.cli.sweeps import items
@@ -31,6 +32,7 @@ bench.command()(quality)
 bench.command()(audit)
 bench.command()(kept)
 bench.command()(fidelity)
+bench.command()(tasks)
 
 
 @bench.command()

@@ -1,0 +1,1 @@
+"""Public benchmarks through lm-evaluation-harness (extra ``harness``), under any recipe."""
