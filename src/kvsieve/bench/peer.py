@@ -1,4 +1,5 @@
-"""Time kvpress in an environment of its own; talks to ``remote.py`` in JSON lines.
+"""Time kvpress, or let it answer, in an environment of its own; talks to ``remote.py`` in JSON
+lines.
 
 Stands alone: it runs under another Python, where kvsieve is not installed. A request is
 ``{"do": name, ...}`` on stdin, the answer one line on stdout.
@@ -28,10 +29,15 @@ def press_of(method: str, ratio: float) -> Any:
 
     presses = {
         "adakv": lambda: k.AdaKVPress(scored("SnapKVPress", **window)),
+        "chunkkv": lambda: k.ChunkKVPress(scored("SnapKVPress", **window), chunk_length=20),
+        "compactor": lambda: scored("CompactorPress", blending=0.35),
         "criticalkv": lambda: k.CriticalKVPress(scored("SnapKVPress", **window)),
+        "cur": lambda: scored("CURPress"),
         "expected-attention": lambda: k.AdaKVPress(scored("ExpectedAttentionPress", epsilon=0.01)),
         "keydiff": lambda: scored("KeyDiffPress"),
         "knorm": lambda: scored("KnormPress"),
+        "lagkv": lambda: scored("LagKVPress", n_sink=4, lag_size=128),
+        "leverage": lambda: scored("LeverageScorePress", sketch_dimension=48),
         "pyramidkv": lambda: scored("PyramidKVPress", **window),
         "random": lambda: scored("RandomPress"),
         "snapkv": lambda: scored("SnapKVPress", **window),
@@ -55,6 +61,59 @@ class Peer:
         self.device = torch.device(device)
         self.built = built.to(device=self.device, dtype=getattr(torch, dtype)).eval()
         return {}
+
+    def open(self, folder: str, dtype: str, device: str) -> dict[str, Any]:
+        """Load a model from its folder; answer with the token ids that end its answers."""
+        transformers: Any = import_module("transformers")
+        self.close()
+        self.device = torch.device(device)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype)
+        )
+        self.built = loaded.to(self.device).eval()
+        ends = self.built.generation_config.eos_token_id
+        return {"ends": ends if isinstance(ends, list) else [ends]}
+
+    def answer(
+        self,
+        prompt: list[int],
+        read: int,
+        method: str | None,
+        slots: int,
+        limit: int,
+        ends: list[int],
+        seed: int,
+    ) -> dict[str, Any]:
+        """Read ``prompt[:read]`` under the press, then the rest without, and answer greedily.
+
+        ``method`` None: no press. The rest is fed token by token: layers may hold unequal numbers
+        of slots, and one mask for all of them would let questions look ahead.
+        """
+        transformers: Any = import_module("transformers")
+        self.close()
+        torch.manual_seed(seed)  # some presses draw numbers
+        self.cache = transformers.DynamicCache(config=self.built.config)
+        ids = torch.tensor([prompt], device=self.device)
+        self.position = read
+        # kvpress keeps int(length * (1 - ratio)) slots.
+        press = None if method is None else press_of(method, max(0.0, 1 - (slots + 0.1) / read))
+        with press(self.built) if press is not None else contextlib.nullcontext():
+            self.token, prefill = self.forward(ids[:, :read], None)
+        for place in range(read, len(prompt)):
+            prefill += self._next(ids[:, place : place + 1])
+        tokens, decode = [self.token.item()], 0.0
+        while len(tokens) < limit and tokens[-1] not in ends:
+            decode += self._next(self.token)
+            tokens.append(self.token.item())
+        seconds = {"prefill": prefill, "decode": decode}
+        return {"tokens": tokens, "seconds": seconds, "press": _settings(press), **self.bytes()}
+
+    def _next(self, token: torch.Tensor) -> float:
+        """Feed a token ``[1, 1]`` at the next position; return the seconds."""
+        here = torch.full_like(token, self.position)
+        self.token, spent = self.forward(token, here)
+        self.position += 1
+        return spent
 
     def prefill(
         self, prompt: list[list[int]], method: str, slots: int, interval: int | None
@@ -132,6 +191,16 @@ class Peer:
         """Wait for a GPU."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _settings(press: Any) -> str | None:
+    """Return a press's name and settings, without the ratio, which the length decides."""
+    if press is None:
+        return None
+    found = {n: x for n, x in vars(press).items() if n[0] != "_" and n != "compression_ratio"}
+    if "press" in found:
+        found["press"] = _settings(found["press"])
+    return f"{type(press).__name__}({', '.join(f'{n}={x}' for n, x in found.items())})"
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ LONG = 16384
 """Contexts above this take only the methods of ``FEW``, unless methods are named."""
 
 PEER_METHODS = frozenset(
-    "adakv criticalkv expected-attention keydiff knorm pyramidkv random snapkv streaming-llm "
-    "tova".split()
+    "adakv chunkkv compactor criticalkv cur expected-attention keydiff knorm lagkv leverage "
+    "pyramidkv random snapkv streaming-llm tova".split()
 )
 """What ``peer.py`` finds in kvpress."""
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvsieve.cli import bench_options as g
 from kvsieve.cli import sweeps as s
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console, table
 from kvsieve.cli.progress import prompts_bar
+from kvsieve.cli.quality_peer import peer_rows, print_beside
 from kvsieve.cli.sweeps import Row
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def quality(
     ] = False,
     batch: s.Batch = 10,
     threads: s.Threads = None,
+    peer_python: g.PeerPython = None,
     out: s.Out = None,
     json: s.Json = False,
 ) -> None:
@@ -84,6 +87,11 @@ def quality(
     if not json:
         for _, group in groupby(found, lambda row: (row["task"], row["setting"])):
             _print(list(group))
+    if peer_python is not None:
+        theirs = peer_rows(plan, peer_python, path, json)
+        if not json:
+            print_beside([*found, *theirs])
+        found += theirs
     s.tell(found, lambda row: f"{row['task']} {row['setting']}, {row['method']} {row['budget']}")
 
 

@@ -1,0 +1,117 @@
+"""kvpress's rows of a quality sweep: its cells of lookup tasks, for the methods that it has too.
+
+kvpress compresses once, after what is read under the press, and not what comes later: question and
+answer stay whole. kvsieve's rows hold their budget while the answer is written, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kvsieve.bench.plan import PEER_METHODS
+from kvsieve.bench.quality.plan import Asked, Plan
+from kvsieve.bench.quality.rows import identity, key
+from kvsieve.bench.quality_peer.answering import Answered, Asking
+from kvsieve.bench.remote import Peer
+from kvsieve.bench.rows import Row
+from kvsieve.errors import RecipeError
+from kvsieve.reference import Sample
+from kvsieve.reference.loader import folder
+
+Progress = Callable[[str, int], None]
+
+
+def asked(plan: Plan) -> list[Asked]:
+    """Return what kvpress has too: the methods it shares, with their defaults."""
+    return [
+        one
+        for one in plan.asked()
+        if one.method == "full" or (one.method in PEER_METHODS and not one.options)
+    ]
+
+
+def cells(plan: Plan) -> list[tuple[str, str]]:
+    """Return the plan's pairs of lookup task and setting."""
+    return [(task, setting) for task, setting in plan.cells() if setting != "decode"]
+
+
+def peer_identity(plan: Plan, task: str, setting: str, one: Asked, peer: Peer) -> Row:
+    """Return what a row is of: as a row of ours, with kvpress's engine and versions."""
+    row = identity(plan, task, setting, one)
+    versions = {"kvsieve": row["versions"]["kvsieve"], **peer.versions}
+    return row | {"engine": "kvpress", "versions": versions, "batch": 1}
+
+
+def identities(plan: Plan, peer: Peer) -> list[Row]:
+    """Return the cells, in order."""
+    return [peer_identity(plan, *cell, one, peer) for cell in cells(plan) for one in asked(plan)]
+
+
+def measure(
+    plan: Plan,
+    peer: Peer,
+    tokenizer: Any,
+    config: Any,
+    done: Container[str] = (),
+    progress: Progress = lambda cell, prompts: None,
+) -> Iterator[Row]:
+    """Yield a row per cell that is not ``done`` (by ``quality.rows.key``).
+
+    A cell that can't be measured has an ``error``. ``peer`` is to have as many threads as torch
+    has here; ``config`` is the reference model's; ``progress`` is told the cell and the prompts
+    answered since.
+    """
+    asking: Asking | None = None
+    for task, setting in cells(plan):
+        wanted = [(one, peer_identity(plan, task, setting, one, peer)) for one in asked(plan)]
+        wanted = [(one, row) for one, row in wanted if key(row) not in done]
+        if wanted:
+            asking = asking or _opened(peer, tokenizer, config)
+            cell = _Cell(asking, plan.samples(task), setting, progress)
+            for one, row in wanted:
+                cell.name = f"{task} {setting}: kvpress {one.method} {one.budget or ''}".rstrip()
+                yield row | cell.figures(one)
+
+
+def _opened(peer: Peer, tokenizer: Any, config: Any) -> Asking:
+    ends = peer.ask("open", folder=str(folder()), dtype="float32", device="cpu")["ends"]
+    return Asking(peer=peer, ends=ends, tokenizer=tokenizer, token_bytes=token_bytes(config))
+
+
+@dataclass
+class _Cell:
+    """The same prompts for every press, and the stock cache's answers to them."""
+
+    asking: Asking
+    samples: list[Sample]
+    setting: str
+    progress: Progress
+    name: str = ""
+    full: Answered | None = None
+
+    def figures(self, one: Asked) -> Row:
+        """Measure; whatever goes wrong becomes the row's error, and the sweep goes on."""
+        try:
+            if self.full is None:
+                self.full = self._answers(None, None, told=one.method == "full")
+            found = self.full
+            if one.method != "full":
+                found = self._answers(one.method, one.budget, told=True)
+            return found.figures(self.full) | {"error": None, "refused": False}
+        except Exception as error:  # recorded in the row; the exit code tells
+            self.progress(self.name, 0)
+            refused = isinstance(error, RecipeError)
+            return {"error": f"{type(error).__name__}: {error}", "refused": refused}
+
+    def _answers(self, method: str | None, budget: str | None, told: bool) -> Answered:
+        def note() -> None:
+            self.progress(self.name, int(told))
+
+        return self.asking.answers(method, budget, self.samples, self.setting, note)
+
+
+def token_bytes(config: Any) -> int:
+    """Return what a token's keys and values take in a model of this configuration, in fp32."""
+    return 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

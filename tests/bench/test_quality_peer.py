@@ -1,0 +1,193 @@
+"""kvpress's rows of a quality sweep: a stand-in of kvpress here, the real one where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvsieve import reference
+from kvsieve.bench.plan import PEER_METHODS
+from kvsieve.bench.quality.plan import Plan
+from kvsieve.bench.quality.rows import identity, key, read
+from kvsieve.bench.quality.sweep import measure as ours
+from kvsieve.bench.quality_peer import sweep as s
+from kvsieve.bench.quality_peer.answering import slots
+from kvsieve.bench.quality_peer.table import markdown, pairs
+from kvsieve.bench.remote import Peer
+from kvsieve.cli import app
+from kvsieve.errors import RecipeError
+from kvsieve.registry import methods
+
+# KnormPress as in kvpress: keys of small norm stay, once, after the first forward.
+STAND_IN = """
+from contextlib import contextmanager
+class KnormPress:
+    def __init__(self, compression_ratio):
+        self.compression_ratio = compression_ratio
+    @contextmanager
+    def __call__(self, model):
+        def cut(module, args, kwargs, output):
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            n = max(1, int(layer.keys.shape[2] * (1 - self.compression_ratio)))
+            index = (-layer.keys.norm(dim=-1)).topk(n, dim=-1).indices[..., None]
+            index = index.expand(-1, -1, -1, layer.keys.shape[-1])
+            layer.keys = layer.keys.gather(2, index)
+            layer.values = layer.values.gather(2, index)
+        hooks = [
+            layer.self_attn.register_forward_hook(cut, with_kwargs=True)
+            for layer in model.model.layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    return reference.load("float32", "cpu")
+
+
+@pytest.fixture
+def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
+    (tmp_path / "kvpress.py").write_text(STAND_IN)
+    facts = tmp_path / "kvpress-0.5.5.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpress\nVersion: 0.5.5\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    started = Peer(sys.executable, 1)
+    yield started
+    started.close()
+
+
+def plan(**changes: Any) -> Plan:
+    given = {
+        "methods": ("full", "knorm"), "budgets": ("50%",), "tasks": ("retrieval",),
+        "length": 128, "n": 4, "seed": 5, "batch": 1,
+    }  # fmt: skip
+    return Plan(**(given | changes))
+
+
+def test_the_same_prompts_give_the_same_answers(peer: Peer, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    sweep = plan()
+    heard: list[tuple[str, int]] = []
+    theirs = list(
+        s.measure(sweep, peer, tokenizer, model.config, progress=lambda *told: heard.append(told))
+    )
+    mine = list(ours(sweep, model, tokenizer))
+    assert [(r["setting"], r["method"]) for r in theirs] == [
+        (setting, method)
+        for setting in ("query-aware", "query-agnostic")
+        for method in ("full", "knorm")
+    ]
+    for row in theirs:
+        assert row["engine"] == "kvpress" and row["versions"]["kvpress"] == "0.5.5"
+        assert row["error"] is None and json.loads(json.dumps(row)) == row
+        assert (row["press"] is None) == (row["method"] == "full")
+    assert set(mine[0]) | {"press"} == set(theirs[0])
+    together = pairs([*mine, *theirs])
+    assert len(together) == 4
+    for mine_row, their_row in together:
+        if mine_row["setting"] == "query-aware" or mine_row["method"] == "full":
+            assert mine_row["right"] == their_row["right"]
+    knorm = next(r for r in theirs if r["method"] == "knorm" and r["setting"] == "query-agnostic")
+    read, fed = 128, 3 + 1  # the question, and the answer but for its last token
+    full = knorm["cache"]["bytes_full"]
+    token = s.token_bytes(model.config)
+    assert full >= (read + fed) * token
+    assert knorm["cache"]["bytes_kept"] == pytest.approx(full - read // 2 * token)
+    assert ("retrieval query-aware: kvpress knorm 50%", 1) in heard
+    assert sum(prompts for _, prompts in heard) == 4 * 4
+    assert "| retrieval | query-aware | knorm | 50% |" in markdown([*mine, *theirs])
+
+
+def test_the_command_puts_both_side_by_side(peer: Peer, tmp_path: Path) -> None:
+    command = [
+        *("bench", "quality", "--methods", "knorm,h2o", "--budgets", "50%", "--length", "128"),
+        *("--tasks", "retrieval", "--settings", "query-aware", "--n", "2", "--batch", "1"),
+        *("--peer-python", sys.executable, "--out", str(tmp_path / "rows")),
+    ]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    found = read(tmp_path / "rows" / "quality.jsonl")
+    named = [(row["engine"], row["method"]) for row in found]
+    assert named == [
+        *[("transformers", m) for m in ("full", "knorm", "h2o")],
+        *[("kvpress", m) for m in ("full", "knorm")],
+    ]
+    line = next(x for x in done.stdout.split("in kvpress")[1].splitlines() if "knorm" in x)
+    assert line.split()[:6] == ["retrieval", "query-aware", "knorm", "50%"] + [
+        f"{row['score']:.2f}" for row in found if row["method"] == "knorm"
+    ]
+    again = CliRunner().invoke(app, [*command, "--json"])
+    assert again.exit_code == 0 and len(read(tmp_path / "rows" / "quality.jsonl")) == 5
+    lost = CliRunner().invoke(app, [*command[:-4], "--peer-python", "/nosuch/python"])
+    assert lost.exit_code == 2 and "Can't start the peer's Python" in lost.stderr
+
+
+def test_known_cells_are_skipped_and_errors_are_rows(peer: Peer, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    sweep = plan(methods=("knorm", "tova"), settings=("query-aware",), n=1)
+    first = list(s.measure(sweep, peer, tokenizer, model.config))
+    assert [row["method"] for row in first] == ["full", "knorm", "tova"]
+    assert "TOVAPress" in first[2]["error"] and "score" not in first[2]
+    done = {key(row) for row in first}
+    assert done == {key(row) for row in s.identities(sweep, peer)}
+    assert not list(s.measure(sweep, peer, tokenizer, model.config, done))
+
+
+def test_only_what_kvpress_has_is_asked(peer: Peer) -> None:
+    sweep = plan(
+        methods=("full", "snapkv", "snapkv:window=8", "h2o", "laprox"), tasks=("retrieval", "walk")
+    )
+    assert [one.method for one in s.asked(sweep)] == ["full", "snapkv"]
+    assert {task for task, _ in s.cells(sweep)} == {"retrieval"}
+    assert PEER_METHODS < set(methods())
+
+
+def test_budgets_become_slots() -> None:
+    assert slots("10%", 155, 1000) == 15 and slots(None, 155, 1000) == 155
+    assert slots("20", 155, 1000) == 20 and slots("200", 155, 1000) == 155
+    assert slots("0.1%", 155, 1000) == 1 and slots("30kB", 155, 1000) == 30
+    with pytest.raises(RecipeError, match="one slot"):
+        slots("999B", 155, 1000)
+
+
+def test_rows_are_not_mistaken_for_ours(peer: Peer) -> None:
+    sweep = plan()
+    cell, one = sweep.cells()[0], sweep.asked()[0]
+    theirs = s.peer_identity(sweep, *cell, one, peer)
+    assert key(theirs) != key(identity(sweep, *cell, one))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "KVSIEVE_PEER_PYTHON" not in os.environ,
+    reason="set KVSIEVE_PEER_PYTHON to a Python with kvpress 0.5.5 (`make peer`)",
+)
+def test_every_press_answers(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    sweep = plan(methods=("full", *sorted(PEER_METHODS)), length=256, n=2)
+    peer = Peer(os.environ["KVSIEVE_PEER_PYTHON"], torch.get_num_threads())
+    try:
+        found = list(s.measure(sweep, peer, tokenizer, model.config))
+    finally:
+        peer.close()
+    assert len(found) == 2 * (1 + len(PEER_METHODS))
+    assert [row["error"] for row in found] == [None] * len(found)
+    exact = ("knorm", "snapkv", "keydiff", "criticalkv", "cur", "full")
+    mine = list(ours(plan(methods=exact, length=256, n=2), model, tokenizer))
+    for row, theirs in pairs([*mine, *found]):
+        if row["setting"] == "query-aware":
+            assert row["right"] == theirs["right"], row["method"]
