@@ -64,12 +64,14 @@ def engine(config: dict[str, Any] | None, **options: Any) -> Iterator[LLM]:
         "additional_config": {} if config is None else {"kvsieve": config},
     }
     threads = torch.get_num_threads()
-    llm = LLM(**(given | options))
-    torch.set_num_threads(1)
+    llm = None
     try:
+        llm = LLM(**(given | options))
+        torch.set_num_threads(1)
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
         torch.set_num_threads(threads)

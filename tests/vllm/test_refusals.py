@@ -21,13 +21,6 @@ GOOD = {"method": "keydiff", "budget": 64}
     ("config", "options", "error", "says"),
     [
         (GOOD, {"enable_prefix_caching": True}, EngineError, "--no-enable-prefix-caching"),
-        (
-            GOOD,
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
-                                    "prompt_lookup_max": 3}},
-            EngineError,
-            "speculative decoding",
-        ),
         ({"method": "keydiff", "budget": 31}, {}, BudgetError, "below one block of 32"),
         ({"method": "keydiff", "budget": "10%"}, {}, BudgetError, "Give slots per head"),
         ({"method": "adakv", "budget": 64}, {}, RecipeError, "Nearest possible recipe: snapkv"),

@@ -19,7 +19,7 @@ from kvsieve import reference
 
 OPTIONS = (
     *("--method", "g-kv", "--budget", "128", "--set", "interval=64", "--host", "127.0.0.1"),
-    *("--enforce-eager", "--block-size", "32", "--dtype", "float32", "--max-num-seqs", "8"),
+    *("--enforce-eager", "--block-size", "32", "--dtype", "float32", "--max-num-seqs", "32"),
     *("--num-gpu-blocks-override", "129"),
 )
 
