@@ -6,6 +6,7 @@ There is no ``__init__.py`` here on purpose: this folder must not stand in the w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -22,3 +23,12 @@ def reference() -> object:
     from kvsieve import reference
 
     return reference.load()[0]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """Return a running server, the same for all tests."""
+    from http_serving import started_server
+
+    with started_server(tmp_path_factory.mktemp("server") / "log") as made:
+        yield made

@@ -28,7 +28,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "expected-attention": {"adaptive": False, "interval": 64, "future": 64},
 }
 PREFILL_ONLY = ("snapkv",)
-LENGTHS = [40, 150, 300, 90, 210, 60]
+QUICK = {("g-kv", "after-prompt"), ("g-kv", "chunk"), ("expected-attention", "after-prompt")}
+"""What runs every time; `make test-vllm-all` runs the rest."""
+
+LENGTHS = [40, 150, 300, 90, 210]
 
 
 def configured(name: str, policy: str, **more: Any) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def check(config: dict[str, Any], reference: Any, lengths: list[int], tokens: in
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        (name, policy)
+        pytest.param(name, policy, marks=() if (name, policy) in QUICK else pytest.mark.slow)
         for name in RECIPES
         for policy in ("after-prompt", "chunk")
         if policy == "after-prompt" or name not in PREFILL_ONLY
@@ -63,26 +66,33 @@ def check(config: dict[str, Any], reference: Any, lengths: list[int], tokens: in
 )
 def test_every_method_keeps_the_same_slots(name: str, policy: str, reference: Any) -> None:
     run = check(
-        configured(name, policy), reference, LENGTHS, 150, max_num_batched_tokens=256,
+        configured(name, policy), reference, LENGTHS, 110, max_num_batched_tokens=256,
         num_gpu_blocks_override=200,
     )  # fmt: skip
     assert any(count > 1 for one in run.served for n0, count in one.forwards if n0), "chunks"
 
 
-@pytest.mark.parametrize("name", ["keydiff", "g-kv"])
-@pytest.mark.parametrize("policy", ["after-prompt", "chunk"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("g-kv", "after-prompt"),
+        ("keydiff", "chunk"),
+        pytest.param("g-kv", "chunk", marks=pytest.mark.slow),
+        pytest.param("keydiff", "after-prompt", marks=pytest.mark.slow),
+    ],
+)
 def test_preempted_requests_too(name: str, policy: str, reference: Any) -> None:
     run = check(
-        configured(name, policy), reference, LENGTHS, 200, max_num_batched_tokens=128,
+        configured(name, policy), reference, [*LENGTHS, 60], 200, max_num_batched_tokens=128,
         num_gpu_blocks_override=26, max_model_len=640,
     )  # fmt: skip
     assert sum(one.preempted for one in run.served) > 0
 
 
-@pytest.mark.parametrize("chunk", [64, 512])
-def test_after_prompt_gives_the_same_however_prompts_are_cut(chunk: int, reference: Any) -> None:
+@pytest.mark.slow
+def test_after_prompt_gives_the_same_however_prompts_are_cut() -> None:
     outputs = []
-    for size in (chunk, 2048):
+    for size in (64, 512, 2048):
         with engine(configured("g-kv", "after-prompt"), max_num_batched_tokens=size) as llm:
             outputs.append([one.tokens for one in serve(llm, prompts(LENGTHS), 100).served])
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2]

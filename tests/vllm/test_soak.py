@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 import pytest
-from test_server import Server, server  # noqa: F401  (a fixture)
+from http_serving import Server
 
 from kvsieve import reference
 
@@ -62,7 +62,7 @@ def answer(client: openai.OpenAI, number: int) -> str:
     return "streamed"
 
 
-def test_soak(server: Server) -> None:  # noqa: F811
+def test_soak(server: Server) -> None:
     client = server.client()
     with ThreadPoolExecutor(16) as pool:
         ended = list(pool.map(lambda number: answer(client, number), range(REQUESTS)))
@@ -74,7 +74,7 @@ def test_soak(server: Server) -> None:  # noqa: F811
     assert counted["kvsieve_blocks_freed_total"] > REQUESTS / 10
 
 
-def test_greedy_answers_do_not_depend_on_the_others(server: Server) -> None:  # noqa: F811
+def test_greedy_answers_do_not_depend_on_the_others(server: Server) -> None:
     """What the policy promises: as long as nobody is preempted, a request is as if alone."""
     client = server.client()
     alone, together = {}, {}

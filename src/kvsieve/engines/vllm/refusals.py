@@ -40,13 +40,14 @@ def _findings(config: Any) -> list[tuple[bool, str]]:
         (
             _size(parallel, "decode_context_parallel_size") > 1
             or _size(parallel, "prefill_context_parallel_size") > 1,
-            "context parallelism: a block's slots would lie on several workers. Use tensor "
-            "parallelism.",
+            "context parallelism: a block's slots would lie on several workers.",
         ),
         (
-            parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1,
-            "pipeline or data parallelism: not checked. Use tensor parallelism, or several "
-            "servers.",
+            parallel.tensor_parallel_size > 1
+            or parallel.pipeline_parallel_size > 1
+            or parallel.data_parallel_size > 1,
+            "several workers (tensor, pipeline or data parallelism): not checked yet. Use one "
+            "worker, or several servers.",
         ),
         (
             bool(getattr(parallel, "enable_dbo", False)),
