@@ -28,6 +28,7 @@ from kvsieve.interfaces import (
     Scorer,
     Signal,
 )
+from kvsieve.presets import expanded
 from kvsieve.registry import find
 from kvsieve.rerotation import COLUMN
 from kvsieve.schedules import parse_schedule
@@ -217,7 +218,7 @@ def recipe(
     """Build a method's recipe.
 
     Args:
-        name: a method of ``kvsieve methods``.
+        name: a method of ``kvsieve methods``, or a preset ("auto:reasoning").
         budget: slots per head (int), fraction kept (float or "10%") or bytes ("2GiB"). For methods
             that choose how much they keep it is a cap, and may be left out.
         options: the method's own options, and for every method ``schedule``, ``layout``,
@@ -228,6 +229,7 @@ def recipe(
         BudgetError: a missing or impossible budget.
         RecipeError: an unknown option or a value it can't have.
     """
+    name, options = expanded(name, options)
     found = find(name)
     for option in options:
         if option not in COMMON and option not in found.options() and not found.wraps:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvsieve.errors import RecipeError, UnknownMethod, choices
+from kvsieve.presets import PRESETS
 
 if TYPE_CHECKING:
     from kvsieve.compose import Recipe
@@ -101,12 +102,15 @@ def methods() -> dict[str, Method]:
 
 
 def find(name: str) -> Method:
-    """Return a method.
+    """Return a method; of a preset ("auto:...") the one behind it.
 
     Raises:
         UnknownMethod: no such name; the message has near matches.
     """
     known = methods()
+    if name in PRESETS:
+        return known[PRESETS[name].method]
     if name not in known:
-        raise UnknownMethod(f"Unknown method {name!r}. {choices(str(name), known)}")
+        possible = [*known, *PRESETS]
+        raise UnknownMethod(f"Unknown method {name!r}. {choices(str(name), possible)}")
     return known[name]

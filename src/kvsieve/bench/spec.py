@@ -17,6 +17,8 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         RecipeError: an option without a value.
     """
     name, *pairs = text.strip().split(":")
+    if name == "auto" and pairs:  # a preset's name has a colon
+        name = f"{name}:{pairs.pop(0)}"
     find(name)
     return name, dict(parse_option(pair) for pair in pairs)
 
