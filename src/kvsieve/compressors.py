@@ -33,14 +33,19 @@ def keep_best(store: Store, scores: Tensor, counts: Tensor) -> Tensor:
 
     ``[B, H, largest count]``; behind a head's own count, entries are meaningless.
     """
+    index = best_slots(scores, counts)
+    store.keep(index, counts)
+    return index
+
+
+def best_slots(scores: Tensor, counts: Tensor) -> Tensor:
+    """Return the best ``counts [B, H]`` slots of every head, in slot order (see ``keep_best``)."""
     chosen = top_mask(scores, counts.to(scores.device))
     # Unchosen slots sort behind the chosen ones; the store reads only the first `counts`.
     slots = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
     ordered = slots.masked_fill(~chosen, scores.shape[-1]).sort(-1).values
     width = int(counts.max()) if counts.numel() else 0
-    index = ordered[..., :width].clamp_max(scores.shape[-1] - 1)
-    store.keep(index, counts)
-    return index
+    return ordered[..., :width].clamp_max(scores.shape[-1] - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,3 +51,22 @@ def key_leverage(step: Step, store: Store, inside: Tensor, width: int, seed: int
     layer_seed = seed * 1_000_003 + step.layer.ordinal
     drawn = gaussian(D, width, seed=layer_seed, heads=H).to(keys.device)
     return standardise(leverage(keys, inside, drawn), inside, dim=(1, 2), correction=1)
+
+
+_MIX = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)
+
+
+def uniform(position: Tensor, layer: int, heads: int, seed: int) -> Tensor:
+    """Return numbers in [0, 1) drawn for (seed, layer, head, position), ``[B, H, S]`` in fp32.
+
+    ``position [B, 1 or H, S]``. From an integer hash: alone, in a batch and in parts they are the
+    same.
+    """
+    head = torch.arange(heads, device=position.device)[:, None] + 1
+    x = position.long() * _MIX[0] + head * _MIX[1] + (layer + 1) * _MIX[2] + seed
+    for factor in (0x7FEB352D, 0x846CA68B):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> 16)) * factor
+    x = x & 0xFFFFFFFF
+    # 24 bits: what fp32 holds exactly, so that 1 is never reached.
+    return ((x ^ (x >> 16)) >> 8).float() / 2**24

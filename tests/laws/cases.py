@@ -122,6 +122,7 @@ CASES = [
     _case("momentkv", "momentkv-parts", summaries=3, residual="centre"),
     _case("momentkv", "momentkv-uncorrected", correct=False, rounds=3),
     _case("adakv", "adakv-momentkv", scorer="momentkv"),
+    _case("cam", "cam-tova-ragged", scorer="tova", span=3, layout="ragged"),
     _case("g-kv", "g-kv-above", schedule="above:15"),
     _case("expected-attention", "expected-attention-calibrated", stats=Drawn()),
     _case("adakv", "adakv-q-filters", scorer="q-filters", recent=4, stats=Drawn()),

@@ -20,6 +20,7 @@ from kvsieve.allocators import Pyramid
 from kvsieve.compressors import Evict
 from kvsieve.errors import EngineError
 from kvsieve.interfaces import Column, Scope, Signal
+from kvsieve.merging import MergeValues
 from kvsieve.session import Session
 from kvsieve.shares import RetrievalHeads
 from kvsieve.store import Store
@@ -540,6 +541,8 @@ def test_memory_goes_back_to_the_system(layout: Any) -> None:
 @each_family
 @each_masked
 def test_compression_equals_masking_a_full_cache(case: Case, family: str) -> None:
+    if isinstance(case.recipe().compressor, MergeValues):
+        pytest.skip("masks hide values, but don't merge them; see tests/methods/test_cam.py")
     check_oracle(case, run(family, case), build(family), [0, 1])
 
 

@@ -199,6 +199,12 @@ class Store:
         else:
             table.keep(index, counts, self.spare)
 
+    def add_to_values(self, added: Tensor) -> None:
+        """Add ``added [B, H, S, Dv]`` to the values; nothing is added to slots that don't exist."""
+        if self.live is not None:
+            added = added.masked_fill(~self.live[..., None], 0.0)
+        self.table.add_to_values(added)
+
     def _remember(self, how: Summarise, index: Tensor, counts: Tensor) -> None:
         """Take into the summary every live slot that is not among those to be kept."""
         keys, values = self.keys, self.values

@@ -94,6 +94,11 @@ class Dense:
             self.columns[name] = column
         column[:, :, : self.size] = new
 
+    def add_to_values(self, added: Tensor) -> None:
+        """Add ``added [B, H, S, Dv]`` to the values, in fp32."""
+        held = self.values[:, :, : self.size]
+        held.copy_(held.float() + added)
+
     def live(self) -> Tensor | None:
         """Return bool ``[B, 1 or H, S]``, or None when every slot is live."""
         return self.get("live") if self.dead else None

@@ -106,6 +106,10 @@ class Ragged:
         target = flat_index(self.starts[:-1], self.counts.flatten()).to(new.device)
         self.tables[name][target] = new[live].to(self.tables[name].dtype)
 
+    def add_to_values(self, added: Tensor) -> None:
+        """Add the live entries of ``added [B, H, S, Dv]`` to the values, in fp32."""
+        self.set("values", self.get("values").float() + added)
+
     def live(self) -> Tensor:
         """Return bool ``[B, H, S]`` (CPU)."""
         return torch.arange(self.size) < self.counts[:, :, None]
