@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvsieve.catalogue import catalogue
 from kvsieve.cli import options as o
 from kvsieve.cli.output import console, print_json, table
+from kvsieve.presets import PRESETS
 
 FIELDS = (*("name", "paper", "year", "phases", "scope", "needs", "layout", "engines", "certainty"),)
 
@@ -28,4 +29,9 @@ def methods(json: o.Json = False) -> None:
             ", ".join(entry["needs"]) or "nothing else",
             ", ".join(entry["engines"]),
         )
-    console().print(made)
+    out = console()
+    out.print(made)
+    out.print("\nBy purpose (docs/RESULTS.md says why):")
+    for name, preset in PRESETS.items():
+        options = "".join(f":{key}={value}" for key, value in preset.options.items())
+        out.print(f"  {name:<20}{preset.method}{options}, for {preset.purpose}", soft_wrap=True)
