@@ -9,6 +9,7 @@ from replaying import replay, watching
 from serving import BLOCK, engine, free_blocks, prompts, serve
 
 from kvsieve.engines.vllm.effective import effective
+from kvsieve.engines.vllm.metrics import TALLY
 from kvsieve.engines.vllm.settings import Settings
 
 TOLERANCE = 1e-4
@@ -47,6 +48,7 @@ def check(config: dict[str, Any], reference: Any, lengths: list[int], tokens: in
         with watching(llm) as kept:
             run = serve(llm, prompts(lengths), tokens)
         assert free_blocks(llm) == whole, "every block came back"
+        assert TALLY.blocks_held == 0 and TALLY.blocks_freed > 0
     found = replay(reference, made, run.served, kept)
     assert found.compared >= sum(len(one.tokens) for one in run.served) - len(lengths)
     assert found.events > 0, "something was compacted, and compared"
