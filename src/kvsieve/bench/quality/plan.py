@@ -50,12 +50,8 @@ class Asked:
             if budget.kind == "fraction":
                 budget = Budget("slots", max(1, int(budget.value * length + 1e-9)))
             plain.setdefault("schedule", f"every:{DECODE_INTERVAL}")
-            plain.setdefault("recent", self._recent())
+            plain.setdefault("recent", decode_recent(self.method, self.options))
         return plain | {"budget": budget.plain()}
-
-    def _recent(self) -> int | float:
-        own = recipe(self.method, budget=_AMPLE, **self.options).recent
-        return own if isinstance(own, float) else max(own, DECODE_RECENT)
 
     def recipe(self, setting: str, length: int) -> Recipe:
         """Build the recipe for a setting.
@@ -64,6 +60,16 @@ class Asked:
             RecipeError: the method can't be used that way, or not at that budget.
         """
         return Recipe.from_dict(self.plain(setting, length))
+
+
+def decode_recent(method: str, options: dict[str, Any]) -> int | float:
+    """Return how many last tokens stay while decoding, where nothing else is asked for.
+
+    Raises:
+        RecipeError: no such method or option.
+    """
+    own = recipe(method, budget=_AMPLE, **options).recent
+    return own if isinstance(own, float) else max(own, DECODE_RECENT)
 
 
 @dataclass(frozen=True, kw_only=True)
