@@ -128,7 +128,7 @@ def test_a_small_sweep_resumes_and_is_read_by_the_report(tmp_path: Path) -> None
     rows = q.read(out / q.FILE)
     assert [q.key(row) for row in rows] == [q.key(json.loads(x)) for x in lines]
     assert [row["right"] for row in rows] == [json.loads(x)["right"] for x in lines]
-    assert run(*SMALL, "--out", str(out), "--json").output == ""  # nothing left to measure
+    assert run(*SMALL, "--out", str(out), "--json").stdout == ""  # nothing left to measure
 
 
 def test_rows_of_another_version_are_refused(tmp_path: Path) -> None:

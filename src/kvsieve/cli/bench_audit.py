@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json as jsonlib
-
-import typer
+from collections.abc import Iterator
+from typing import Any
 
 from kvsieve.cli import sweeps as s
+from kvsieve.cli.cells import gather
 from kvsieve.cli.output import console, table
-from kvsieve.cli.progress import prompts_bar
 from kvsieve.cli.sweeps import Row
 
 
@@ -44,18 +43,15 @@ def audit(
     )
     path = s.rows_file(out, m.FILE)
     rows = read(path, m.KIND, m.VERSION) if path else []
-    known = {key(row, m.IDENTITY): row for row in rows if s.finished(row)}
-    wanted = [key(m.identity(plan, *cell), m.IDENTITY) for cell in plan.cells()]
-    left = sum(name not in known for name in wanted)
-    with prompts_bar(left * n * m.QUESTIONS) as bar:
-        for number, row in enumerate(m.measure(plan, *load(), set(known), bar.step), 1):
-            bar.reached(number * n * m.QUESTIONS)
-            if path:
-                s.append(path, row)
-            if json:
-                typer.echo(jsonlib.dumps(row))
-            known[key(row, m.IDENTITY)] = row
-    found = [known[name] for name in wanted]
+
+    def keyed(row: Row) -> str:
+        return key(row, m.IDENTITY)
+
+    def measured(done: set[str], step: Any) -> Iterator[Row]:
+        return m.measure(plan, *load(), done, step)
+
+    wanted = [m.identity(plan, *cell) for cell in plan.cells()]
+    found = gather(path, rows, wanted, keyed, measured, n * m.QUESTIONS, json)
     if not json:
         _print(found)
     s.tell(found, lambda row: f"{row['method']} {row['budget']}, fix {row['fix']}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json as jsonlib
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
 from kvsieve.cli import sweeps as s
+from kvsieve.cli.cells import gather
 from kvsieve.cli.output import console, table
-from kvsieve.cli.progress import prompts_bar
 
 
 def kept(
@@ -36,17 +36,15 @@ def kept(
     plan = k.plan_of(task, s.named_methods(methods), budget, length, seed)
     path = s.rows_file(out, k.FILE)
     rows = read(path, k.KIND, k.VERSION) if path else []
-    known = {key(row, k.IDENTITY): row for row in rows if s.finished(row)}
-    wanted = [key(k.identity(plan, a), k.IDENTITY) for a in plan.asked() if a.method != "full"]
-    with prompts_bar(sum(name not in known for name in wanted)) as bar:
-        for number, row in enumerate(k.measure(plan, *load(), set(known), bar.step), 1):
-            bar.reached(number)
-            if path:
-                s.append(path, row)
-            if json:
-                typer.echo(jsonlib.dumps(row))
-            known[key(row, k.IDENTITY)] = row
-    found = [known[name] for name in wanted]
+
+    def keyed(row: s.Row) -> str:
+        return key(row, k.IDENTITY)
+
+    def measured(done: set[str], step: Any) -> Iterator[s.Row]:
+        return k.measure(plan, *load(), done, step)
+
+    wanted = [k.identity(plan, asked) for asked in plan.asked() if asked.method != "full"]
+    found = gather(path, rows, wanted, keyed, measured, 1, json)
     if not json:
         made = table("method", "right", "entry kept", right=("entry kept",), whole=("method",))
         for row in found:

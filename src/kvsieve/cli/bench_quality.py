@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kvsieve.cli import bench_options as g
 from kvsieve.cli import sweeps as s
+from kvsieve.cli.cells import gather
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console, table
-from kvsieve.cli.progress import prompts_bar
 from kvsieve.cli.quality_peer import peer_rows, print_beside
 from kvsieve.cli.sweeps import Row
-
-if TYPE_CHECKING:
-    from kvsieve.bench.quality.plan import Plan
 
 _GRID = "Grid"
 QUICK = {"tasks": ("retrieval", "instructions", "reasoning"), "length": 512, "n": 8}
@@ -59,6 +55,8 @@ def quality(
     s.set_threads(threads)
     from kvsieve.bench.quality import rows as q
     from kvsieve.bench.quality.plan import SETTINGS, TASKS, Plan
+    from kvsieve.bench.quality.sweep import measure
+    from kvsieve.reference import load
 
     plan = Plan(
         methods=s.named_methods(methods),
@@ -75,15 +73,12 @@ def quality(
             raise BadInput("--quick sets --tasks, --length and --n: leave them out.")
         plan = dataclasses.replace(plan, **QUICK)  # type: ignore[arg-type]
     path = s.rows_file(out, q.FILE)
-    known = {q.key(row): row for row in (q.read(path) if path else []) if s.finished(row)}
-    for row in _measured(plan, known):
-        if path:
-            s.append(path, row)
-        if json:
-            typer.echo(jsonlib.dumps(row))
-        known[q.key(row)] = row
-    wanted = [q.key(q.identity(plan, *cell, a)) for cell in plan.cells() for a in plan.asked()]
-    found = [known[name] for name in wanted]
+    wanted = [q.identity(plan, *cell, asked) for cell in plan.cells() for asked in plan.asked()]
+
+    def measured(done: set[str], step: Any) -> Iterator[Row]:
+        return measure(plan, *load(), done, step)
+
+    found = gather(path, q.read(path) if path else [], wanted, q.key, measured, plan.n, json)
     if not json:
         for _, group in groupby(found, lambda row: (row["task"], row["setting"])):
             _print(list(group))
@@ -93,23 +88,6 @@ def quality(
             print_beside([*found, *theirs])
         found += theirs
     s.tell(found, lambda row: f"{row['task']} {row['setting']}, {row['method']} {row['budget']}")
-
-
-def _measured(plan: Plan, known: dict[str, Row]) -> Iterator[Row]:
-    """Measure what isn't known yet, under a bar."""
-    from kvsieve.bench.quality import rows as q
-    from kvsieve.bench.quality.sweep import measure
-    from kvsieve.reference import load
-
-    cells = [(cell, asked) for cell in plan.cells() for asked in plan.asked()]
-    left = sum(q.key(q.identity(plan, *cell, asked)) not in known for cell, asked in cells)
-    if not left:
-        return
-    with prompts_bar(left * plan.n) as bar:
-        model, tokenizer = load()
-        for number, row in enumerate(measure(plan, model, tokenizer, set(known), bar.step), 1):
-            bar.reached(number * plan.n)
-            yield row
 
 
 def _print(group: list[Row]) -> None:
