@@ -18,12 +18,18 @@ from kvsieve.cli.quality_peer import peer_rows, print_beside
 from kvsieve.cli.sweeps import Row
 
 _GRID = "Grid"
-QUICK = {"tasks": ("retrieval", "instructions", "reasoning"), "length": 512, "n": 8}
+BUDGETS = "5%,10%,25%,50%"
+QUICK = {
+    "tasks": ("retrieval", "instructions", "reasoning"),
+    "budgets": ("25%",),
+    "length": 512,
+    "n": 8,
+}
 
 
 def quality(
     methods: s.Methods = "all",
-    budgets: s.Budgets = "5%,10%,25%,50%",
+    budgets: s.Budgets = BUDGETS,
     tasks: Annotated[
         str, typer.Option(help="Kinds of `kvsieve sample`, or all.", rich_help_panel=_GRID)
     ] = "all",
@@ -38,7 +44,9 @@ def quality(
     seed: s.Seed = 0,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Three tasks of 512 tokens, 8 prompts each: a first look."),
+        typer.Option(
+            "--quick", help="Three tasks of 512 tokens, 8 prompts each, at 25%: a first look."
+        ),
     ] = False,
     batch: s.Batch = 10,
     threads: s.Threads = None,
@@ -69,8 +77,8 @@ def quality(
         batch=batch,
     )
     if quick:
-        if (tasks, length, n) != ("all", 1024, 20):
-            raise BadInput("--quick sets --tasks, --length and --n: leave them out.")
+        if (tasks, budgets, length, n) != ("all", BUDGETS, 1024, 20):
+            raise BadInput("--quick sets --tasks, --budgets, --length and --n: leave them out.")
         plan = dataclasses.replace(plan, **QUICK)  # type: ignore[arg-type]
     path = s.rows_file(out, q.FILE)
     wanted = [q.identity(plan, *cell, asked) for cell in plan.cells() for asked in plan.asked()]
