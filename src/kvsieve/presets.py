@@ -22,22 +22,22 @@ class Preset:
 
 PRESETS = {
     "auto:prompt": Preset(
-        method="rest-kv",
+        method="r-kv",
         purpose="a long prompt that ends with its question",
     ),
     "auto:document": Preset(
         method="distinct-keys",
         purpose="a long document that is asked about later",
-        options={"recent": 0},
+        options={"adaptive": True, "kernel": 3},
     ),
     "auto:reasoning": Preset(
         method="distinct-keys",
         purpose="long chains of thought",
+        options={"history": 1.0},
     ),
     "auto:instructions": Preset(
         method="distinct-keys",
         purpose="several instructions that all have to hold",
-        options={"recent": 0},
     ),
 }
 

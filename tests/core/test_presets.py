@@ -26,8 +26,8 @@ def test_a_preset_is_its_method_with_its_options(name: str) -> None:
 
 
 def test_given_options_come_first() -> None:
-    name = next(n for n, preset in PRESETS.items() if "recent" in preset.options)
-    assert kvsieve.recipe(name, budget=64, recent=7).recent == 7
+    name = next(n for n, preset in PRESETS.items() if "history" in preset.options)
+    assert kvsieve.recipe(name, budget=64, history=0.5).options["history"] == 0.5
     with pytest.raises(RecipeError, match="no option 'nonsense'"):
         kvsieve.recipe(name, budget=64, nonsense=1)
 
