@@ -22,7 +22,7 @@ BUDGETS = "5%,10%,25%,50%"
 QUICK = {
     "tasks": ("retrieval", "instructions", "reasoning"),
     "budgets": ("25%",),
-    "length": 512,
+    "length": 256,
     "n": 8,
 }
 
@@ -45,7 +45,7 @@ def quality(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Three tasks of 512 tokens, 8 prompts each, at 25%: a first look."
+            "--quick", help="Three tasks of 256 tokens, 8 prompts each, at 25%: a first look."
         ),
     ] = False,
     batch: s.Batch = 10,
