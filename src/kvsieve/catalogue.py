@@ -85,10 +85,11 @@ def _speed(root: Path, short: bool) -> str:
 
 
 def _results(root: Path) -> str:
-    from kvsieve.bench.report import audits, markdown, reading
+    from kvsieve.bench.report import audits, markdown, others, reading, traces
 
     folder = root / RESULTS
-    return markdown.overview(reading.read(folder), audits.read(folder))
+    found = (read(folder) for read in (audits.read, traces.read, others.read))
+    return markdown.overview(reading.read(folder), *found)
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[Path], str]]] = {

@@ -60,7 +60,7 @@ def test_rows_resume_and_are_drawn(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert page.read_text().count('<figure class="trace"') == 2
-    assert "What is kept of one document" in text.read_text()
+    assert "Kept of one document" in text.read_text()
 
 
 def test_a_picture_has_a_bar_for_each_run() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvsieve.bench.report import audits, depths, summary
+from kvsieve.bench.report import audits, depths, others, reading, summary
 from kvsieve.bench.report.aggregate import front, sections
 from kvsieve.bench.report.check import ResultsError
 from kvsieve.cli import app
@@ -122,3 +122,34 @@ def test_audit_rows_of_another_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / audits.FILE).write_text(json.dumps(audited(version=7)) + "\n")
     with pytest.raises(ResultsError, match="line 1"):
         audits.read(tmp_path)
+
+
+def test_kvpress_stands_beside_the_same_cells(tmp_path: Path) -> None:
+    rows = [scored("snapkv", 100, 0.5), scored("snapkv", 90, 0.7, engine="kvpress")]
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = others.peers(reading.read(tmp_path))
+    assert table is not None
+    ((*_, ours, theirs, apart, kept),) = [[cell.text for cell in cells] for cells in table.rows]
+    assert (ours, theirs, kept) == ("0.50", "0.70", "10% / 9%") and apart.startswith("-0.20")
+    (tmp_path / "quality.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert others.peers(reading.read(tmp_path)) is None
+
+
+def test_fidelity_rows_become_a_table(tmp_path: Path) -> None:
+    bins = [{"tokens": 8, "kl": 0.1}, {"tokens": 0, "kl": None}, {"tokens": 4, "kl": 0.4}]
+    row = {
+        "kind": "fidelity", "version": 1, "method": "snapkv", "budget": "10%", "recipe": {},
+        "prefix": 64, "continuation": 16, "n": 2, "seed": 0, "weights": "x", "model": "m",
+        "sample": "retrieval", "kl": {"mean": 0.2, "low": 0.1, "high": 0.3}, "error": None,
+        "agreement": {"mean": 0.75}, "layer_error": [0.1, 0.5], "bins": bins,
+        "cache": {"bytes_full": 100, "bytes_kept": 20},
+    }  # fmt: skip
+    (tmp_path / others.FILE).write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    (cells,) = others.fidelity(others.read(tmp_path)).rows
+    assert [cell.text for cell in cells] == [
+        "retrieval", "snapkv", "10%", "20%", "0.200 [0.100, 0.300]", "0.750", "0.500", "0.100",
+        "0.400",
+    ]  # fmt: skip
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "-o", str(page)])
+    assert done.exit_code == 0 and "Fidelity" in page.read_text()

@@ -34,17 +34,20 @@ def report(
         raise BadInput(f"-o and --markdown both name {str(output)!r}.")
     if output is not None:
         _need_matplotlib()
-    from kvsieve.bench.report import audits, traces
+    from kvsieve.bench.report import audits, others, traces
     from kvsieve.bench.report.reading import read
 
     audit = audits.read(folder)
     kept = traces.read(folder)
-    results = read(folder, optional=bool(audit or kept))
+    fidelity = others.read(folder)
+    results = read(folder, optional=bool(audit or kept or fidelity))
     for remark in results.remarks():
         typer.echo(remark, err=True)
     for path, kind in ((output, "page"), (markdown, "markdown")):
         if path is not None:
-            made = import_module(f"kvsieve.bench.report.{kind}").render(results, audit, kept)
+            made = import_module(f"kvsieve.bench.report.{kind}").render(
+                results, audit, kept, fidelity
+            )
             _write(path, made.encode())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from kvsieve.bench.report import audits, depths, summary, tables, traces
+from kvsieve.bench.report import audits, depths, others, summary, tables, traces
 from kvsieve.bench.report.aggregate import sections
 from kvsieve.bench.report.reading import Results
 from kvsieve.bench.report.tables import Table
@@ -15,21 +15,40 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&$#!])")
 
 
 def render(
-    results: Results, audit: Sequence[audits.Row] = (), kept: Sequence[traces.Row] = ()
+    results: Results,
+    audit: Sequence[audits.Row] = (),
+    kept: Sequence[traces.Row] = (),
+    fidelity: Sequence[others.Row] = (),
 ) -> str:
     """Return the tables; equal rows give equal bytes."""
-    return "\n".join([*_lines(results, audit), *_kept(kept)]) + "\n"
+    return "\n".join([*_lines(results, audit), *_others(results, kept, fidelity)]) + "\n"
 
 
-def _kept(kept: Sequence[traces.Row]) -> Iterator[str]:
+def overview(
+    results: Results,
+    audit: Sequence[audits.Row] = (),
+    kept: Sequence[traces.Row] = (),
+    fidelity: Sequence[others.Row] = (),
+) -> str:
+    """Return what fits a document: scores by budget, the best methods, depths, the audit, kvpress
+    beside ours, what is kept of one document, fidelity.
+    """
+    return "\n".join([*_overview(results, audit), *_others(results, kept, fidelity)]) + "\n"
+
+
+def _others(
+    results: Results, kept: Sequence[traces.Row], fidelity: Sequence[others.Row]
+) -> Iterator[str]:
+    beside = others.peers(results)
+    if beside is not None:
+        yield "\n### kvpress on the same prompts\n"
+        yield from _table(beside)
     if kept:
-        yield "\n## What is kept of one document\n"
+        yield "\n### Kept of one document\n"
         yield from _table(traces.table(kept))
-
-
-def overview(results: Results, audit: Sequence[audits.Row] = ()) -> str:
-    """Return what fits a document: scores by budget, the best methods, depths, the audit."""
-    return "\n".join(_overview(results, audit)) + "\n"
+    if fidelity:
+        yield "\n### Fidelity\n"
+        yield from _table(others.fidelity(fidelity))
 
 
 def _overview(results: Results, audit: Sequence[audits.Row]) -> Iterator[str]:

@@ -9,16 +9,19 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvsieve.bench.report import audits, depths, summary, tables, traces, words
+from kvsieve.bench.report import audits, depths, others, summary, tables, traces, words
 from kvsieve.bench.report.aggregate import Section, sections
 from kvsieve.bench.report.plots import Style, draw
 from kvsieve.bench.report.reading import Results
 
 
 def render(
-    results: Results, audit: Sequence[audits.Row] = (), kept: Sequence[traces.Row] = ()
+    results: Results,
+    audit: Sequence[audits.Row] = (),
+    kept: Sequence[traces.Row] = (),
+    fidelity: Sequence[others.Row] = (),
 ) -> str:
-    """Return the page of quality, audit and kept-token rows; equal rows give equal bytes."""
+    """Return the page of quality, audit, kept and fidelity rows; equal rows give equal bytes."""
     found = sections(results.rows)
     labels = sorted({label for section in found for label in section.labels})
     styles = {label: Style(number) for number, label in enumerate(labels)}
@@ -36,6 +39,10 @@ def render(
         audit=audits.table(audit) if audit else None,
         kept=traces.table(kept) if kept else None,
         pictures=[(traces.title(row), Markup(traces.picture(row))) for row in kept],
+        others={
+            "kvpress on the same prompts": others.peers(results),
+            "Fidelity": others.fidelity(fidelity) if fidelity else None,
+        },
         measured=len(results.rows),
         failed=tables.failed(results.failed),
         origins=tables.origins(results),

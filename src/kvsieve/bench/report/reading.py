@@ -83,10 +83,18 @@ def read(folder: Path, optional: bool = False) -> Results:
     return _sorted(latest, unfinished)
 
 
-def beside(folder: Path, file: str, kind: str, version: int, names: tuple[str, ...]) -> list[Row]:
+def beside(
+    folder: Path,
+    file: str,
+    kind: str,
+    version: int,
+    names: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> list[Row]:
     """Return the measured rows of another file of a folder (none without it).
 
-    Of rows that agree in ``names`` the latest counts; lines cut by a kill are left out.
+    Of rows that agree in ``names`` (and ``optional`` ones, where they have them) the latest counts;
+    lines cut by a kill are left out.
 
     Raises:
         ResultsError: rows of another kind or version.
@@ -103,7 +111,8 @@ def beside(folder: Path, file: str, kind: str, version: int, names: tuple[str, .
                 f"{file}, line {number}, is no row of kind {kind!r}, version {version}. "
                 "Measure again into a new folder."
             )
-        latest[as_text([row[name] for name in names])] = row
+        cell = [row[name] for name in names] + [row.get(name) for name in optional]
+        latest[as_text(cell)] = row
     return [row for row in latest.values() if row["error"] is None]
 
 
