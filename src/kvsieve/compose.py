@@ -109,6 +109,12 @@ class Recipe:
         return (*own, COLUMN) if self.rerotate and self.compresses else own
 
     @property
+    def even(self) -> bool:
+        """Whether it has scores, and gives every head the same number of slots, by itself."""
+        alike = not self.uneven and not self.dynamic and self.scope is Scope.HEAD
+        return self.compresses and alike
+
+    @property
     def uneven(self) -> bool:
         """Whether heads of a layer may keep unequal numbers of slots."""
         allocator = self.allocator

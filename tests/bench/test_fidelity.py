@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 import kvsieve
 from kvsieve import reference
 from kvsieve.bench import ledger
-from kvsieve.bench.asked import every
 from kvsieve.bench.fidelity import cell, figures, sweep, texts, trace
 from kvsieve.bench.fidelity.texts import Source, Text
 from kvsieve.bench.ledger import Subject
+from kvsieve.bench.quality.plan import every
 from kvsieve.bench.quality.rows import read as rows_of
 from kvsieve.cli import app
 from kvsieve.cli.settings import REPEAT

@@ -5,24 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from kvsieve.bench.quality.plan import Asked, at_budgets
-from kvsieve.bench.spec import parse_method
+from kvsieve.bench.quality.plan import Asked
 from kvsieve.compose import Recipe
 from kvsieve.errors import RecipeError
-
-
-def every(names: Sequence[str], budgets: Sequence[str]) -> list[Asked]:
-    """Return every method at every budget, each once, the full cache first.
-
-    Raises:
-        RecipeError: an unknown method, option or budget, or no budget where one is needed.
-    """
-    found = [Asked(method="full", budget=None)]
-    for text in names:
-        for asked in at_budgets(*parse_method(text), budgets):
-            if asked not in found:
-                found.append(asked)
-    return found
 
 
 def recipe_of(asked: Asked) -> Recipe:

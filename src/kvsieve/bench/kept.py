@@ -10,10 +10,10 @@ from torch import Tensor
 from kvsieve.bench.quality.answers import answer
 from kvsieve.bench.quality.plan import Asked, Plan
 from kvsieve.bench.quality.rows import TASK_VERSION, key, origin
-from kvsieve.bench.rows import Row
+from kvsieve.bench.rows import Row, failure
 from kvsieve.engines.transformers import Cache
-from kvsieve.errors import RecipeError
 from kvsieve.reference import Sample
+from kvsieve.reference.grading import asked_span
 
 KIND, VERSION = "kept", 1
 FILE = "kept.jsonl"
@@ -76,8 +76,7 @@ def measure(
             figures = _figures(model, tokenizer, asked, plan, sample)
             yield row | figures | {"error": None, "refused": False}
         except Exception as error:  # recorded in the row; the exit code tells
-            refused = isinstance(error, RecipeError)
-            yield row | {"error": f"{type(error).__name__}: {error}", "refused": refused}
+            yield row | failure(error)
 
 
 def _figures(model: Any, tokenizer: Any, asked: Asked, plan: Plan, sample: Sample) -> Row:
@@ -115,12 +114,3 @@ def runs(positions: Tensor) -> Runs:
         else:
             found.append([position, position + 1])
     return found
-
-
-def asked_span(sample: Sample) -> list[int] | None:
-    """Return the tokens of the entry that answers a retrieval; None for other kinds."""
-    if sample.kind != "retrieval" or sample.document is None:
-        return None
-    words, entry = sample.document.split(), sample.answer.split()
-    starts = [i for i in range(len(words)) if words[i : i + len(entry)] == entry]
-    return [starts[0], starts[0] + len(entry)]

@@ -76,12 +76,6 @@ def origin(subject: Subject, asked: Asked) -> Row:
     }
 
 
-def failure(error: Exception) -> Row:
-    """Return the end of a row that has no figures: why, and whether kvsieve refused on purpose."""
-    refused = isinstance(error, RecipeError)
-    return {"error": f"{type(error).__name__}: {error}", "refused": refused}
-
-
 def key(row: Row, figures: Collection[str]) -> str:
     """Return a row's identity, everything but its figures, as text."""
     return json.dumps({n: x for n, x in row.items() if n not in figures}, sort_keys=True)

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 import kvsieve
+from kvsieve.errors import RecipeError
 
 Row = dict[str, Any]
 
@@ -92,3 +93,9 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "kvsieve": kvsieve.__version__,
     }
+
+
+def failure(error: Exception) -> Row:
+    """Return the end of a row that has no figures: why, and whether kvsieve refused on purpose."""
+    refused = isinstance(error, RecipeError)
+    return {"error": f"{type(error).__name__}: {error}", "refused": refused}

@@ -53,8 +53,8 @@ def fidelity(
     Rows go to OUT/fidelity.jsonl. Exit code 1 if a cell failed; its row says why.
     """
     s.set_threads(threads)
-    from kvsieve.bench.asked import every
     from kvsieve.bench.fidelity import sweep as f
+    from kvsieve.bench.quality.plan import every
     from kvsieve.bench.quality.rows import read
 
     for count, option in ((prefix, "--prefix"), (continuation, "--continuation"), (n, "--n")):

@@ -55,10 +55,7 @@ def kept(
 
 
 def _entry(row: s.Row) -> str:
-    """Return the share of the asked entry's slots that are left, over layers and heads."""
-    if row["asked"] is None:
-        return "–"
-    start, end = row["asked"]
-    heads = [head for layer in row["layers"] for head in layer]
-    held = sum(max(0, min(end, b) - max(start, a)) for head in heads for a, b in head)
-    return f"{held / (len(heads) * (end - start)):.0%}"
+    from kvsieve.bench.report.traces import share
+
+    left = share(row, row["asked"])
+    return "–" if left is None else f"{left:.0%}"

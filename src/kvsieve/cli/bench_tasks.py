@@ -81,9 +81,9 @@ def tasks(
     cell failed; its row says why.
     """
     s.set_threads(threads)
-    from kvsieve.bench.asked import every
     from kvsieve.bench.harness import sweep as h
     from kvsieve.bench.harness.tasks import load
+    from kvsieve.bench.quality.plan import every
     from kvsieve.bench.quality.rows import read
 
     counts = {"--limit": limit, "--max-new-tokens": max_new_tokens, "--batch": batch}

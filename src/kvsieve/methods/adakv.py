@@ -35,8 +35,7 @@ from kvsieve.registry import find, method
 def adakv(*, scorer: str = "snapkv", floor: float = 0.2, **options: Any) -> Recipe:
     """``scorer``: the method whose scores are used, with its own options; ``floor``: safeguard."""
     inner = find(scorer).build(**options)
-    even = inner.compresses and not inner.uneven and not inner.dynamic
-    if not even or inner.scope is not Scope.HEAD:
+    if not inner.even:
         raise RecipeError(
             f"adakv(scorer={scorer!r}): it shares a layer's budget between heads by their scores, "
             f"but {scorer!r} {'has no scores' if not inner.compresses else 'allocates itself'}. "

@@ -22,7 +22,6 @@ from typing import Any
 from kvsieve.compose import Recipe
 from kvsieve.compressors import Evict, KeepChunks
 from kvsieve.errors import RecipeError
-from kvsieve.interfaces import Scope
 from kvsieve.registry import find, method
 
 
@@ -38,9 +37,7 @@ from kvsieve.registry import find, method
 def chunkkv(*, scorer: str = "snapkv", length: int = 20, **options: Any) -> Recipe:
     """``scorer``: the method whose scores are used, with its own options; ``length`` of chunks."""
     inner = find(scorer).build(**options)
-    even = inner.compresses and not inner.uneven and not inner.dynamic
-    even = even and inner.scope is Scope.HEAD
-    if not even or not isinstance(inner.compressor, Evict):
+    if not inner.even or not isinstance(inner.compressor, Evict):
         reason = "chooses slots its own way" if inner.compresses else "has no scores"
         raise RecipeError(
             f"chunkkv(scorer={scorer!r}): a layer's heads keep the same chunks by score, "

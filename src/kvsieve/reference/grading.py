@@ -41,11 +41,19 @@ def right_prefix(made: Sample, text: str) -> float:
 
 def depth(made: Sample) -> float | None:
     """Return where the entry that answers a retrieval stands, from 0 (start) to 1; else None."""
+    span = asked_span(made)
+    return None if span is None else span[0] / len((made.document or "").split())
+
+
+def asked_span(made: Sample) -> list[int] | None:
+    """Return the tokens ``[start, end]`` (end not included) of the entry that answers a retrieval;
+    None for other kinds.
+    """
     if made.kind != "retrieval" or made.document is None:
         return None
-    words, entry = made.document.split(), [*made.answer.split(), ";"]
-    places = [i for i in range(len(words)) if words[i : i + len(entry)] == entry]
-    return places[0] / len(words)
+    words, entry = made.document.split(), made.answer.split()
+    starts = [i for i in range(len(words)) if words[i : i + len(entry)] == entry]
+    return [starts[0], starts[0] + len(entry)]
 
 
 def _core(made: Sample, text: str) -> list[str]:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from functools import cache
 from typing import Any
 
 from kvsieve.reference.loader import folder
+
+
+@cache
+def weights() -> str:
+    """Return a hash of the reference model's weights."""
+    return hashlib.sha256((folder() / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def origin() -> dict[str, Any]:
@@ -16,6 +23,6 @@ def origin() -> dict[str, Any]:
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "commit": found.stdout.strip() or "unknown",
-        "weights": hashlib.sha256((folder() / "model.safetensors").read_bytes()).hexdigest()[:16],
+        "weights": weights(),
         "versions": versions(),
     }

@@ -18,9 +18,8 @@ from kvsieve.bench.intervals import share
 from kvsieve.bench.quality.answers import Answers, answer
 from kvsieve.bench.quality.plan import Asked
 from kvsieve.bench.quality.rows import TASK_VERSION, key, origin
-from kvsieve.bench.rows import Row
+from kvsieve.bench.rows import Row, failure
 from kvsieve.engines.transformers import Cache
-from kvsieve.errors import RecipeError
 from kvsieve.reference import Sample
 from kvsieve.reference.grading import followed, leaked
 
@@ -41,7 +40,7 @@ def identity(plan: AuditPlan, asked: Asked, fix: str) -> Row:
     return {
         "kind": KIND, "version": VERSION, "engine": "transformers", **origin(),
         "task_version": TASK_VERSION, "length": plan.length, "method": asked.method,
-        "budget": asked.budget, "recipe": plan.plain(asked, fix), "fix": fix,
+        "budget": asked.budget, "recipe": plan.plain(asked), "fix": fix,
         "seed": plan.seed, "n": plan.n, "batch": plan.batch,
     }  # fmt: skip
 
@@ -67,8 +66,7 @@ def measure(
         try:
             yield row | ask.figures(row["recipe"], prompts) | {"error": None, "refused": False}
         except Exception as error:  # recorded in the row; the exit code tells
-            refused = isinstance(error, RecipeError)
-            yield row | {"error": f"{type(error).__name__}: {error}", "refused": refused}
+            yield row | failure(error)
 
 
 @dataclass

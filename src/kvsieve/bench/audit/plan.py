@@ -58,7 +58,7 @@ class AuditPlan:
             for fix in (FIXES if asked.budget is not None else FIXES[:1])
         ]
 
-    def plain(self, asked: Asked, fix: str) -> dict[str, Any]:
+    def plain(self, asked: Asked) -> dict[str, Any]:
         """Return the recipe as plain values, without the spans, which differ by prompt."""
         return asked.plain("query-agnostic", self.length)
 

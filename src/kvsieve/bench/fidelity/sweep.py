@@ -13,7 +13,7 @@ from kvsieve.bench.fidelity.texts import Source
 from kvsieve.bench.fidelity.trace import Trace, stock
 from kvsieve.bench.ledger import Subject
 from kvsieve.bench.quality.plan import Asked
-from kvsieve.bench.rows import Row
+from kvsieve.bench.rows import Row, failure
 
 KIND, VERSION = "fidelity", 1
 FILE = "fidelity.jsonl"
@@ -96,5 +96,5 @@ def _figures(
         found = figures(model, built, source.texts, full, lambda: progress(shown, 1))
     except Exception as error:  # recorded in the row; the exit code tells
         progress(shown, 0)
-        return ledger.failure(error)
+        return failure(error)
     return found | {"error": None, "refused": False}

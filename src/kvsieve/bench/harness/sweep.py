@@ -18,7 +18,7 @@ from kvsieve.bench.harness.tasks import Loaded, Outcome, evaluate, library
 from kvsieve.bench.intervals import paired_difference, wilson
 from kvsieve.bench.ledger import Subject
 from kvsieve.bench.quality.plan import Asked
-from kvsieve.bench.rows import Row
+from kvsieve.bench.rows import Row, failure
 from kvsieve.compose import Recipe
 
 KIND, VERSION = "tasks", 1
@@ -179,7 +179,7 @@ class _Cell:
 def _figures(found: Ran | Exception, full: Ran | Exception) -> Row:
     for ran in (found, full):
         if isinstance(ran, Exception):
-            return ledger.failure(ran)
+            return failure(ran)
     assert not isinstance(found, Exception) and not isinstance(full, Exception)
     outcome, costs = found
     return {

@@ -113,13 +113,7 @@ class Plan:
 
     def asked(self) -> list[Asked]:
         """Return every method at every budget, each once, the full cache first."""
-        found = [Asked(method="full", budget=None)]
-        for text in self.methods:
-            name, options = parse_method(text)
-            for asked in at_budgets(name, options, self.budgets):
-                if asked not in found:
-                    found.append(asked)
-        return found
+        return every(self.methods, self.budgets)
 
     def cells(self) -> list[tuple[str, str]]:
         """Return pairs of task and setting."""
@@ -130,7 +124,21 @@ class Plan:
         return [sized(task, seed=self.seed + i, length=self.length) for i in range(self.n)]
 
 
-def at_budgets(name: str, options: dict[str, Any], budgets: Sequence[str]) -> Iterable[Asked]:
+def every(names: Sequence[str], budgets: Sequence[str]) -> list[Asked]:
+    """Return every method at every budget, each once, the full cache first.
+
+    Raises:
+        RecipeError: an unknown method, option or budget, or no budget where one is needed.
+    """
+    found = [Asked(method="full", budget=None)]
+    for text in names:
+        for asked in _at_budgets(*parse_method(text), budgets):
+            if asked not in found:
+                found.append(asked)
+    return found
+
+
+def _at_budgets(name: str, options: dict[str, Any], budgets: Sequence[str]) -> Iterable[Asked]:
     """Return a method at each budget; one that removes nothing has none.
 
     Raises:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from kvsieve.bench import rows
 from kvsieve.bench.quality.plan import Asked, Plan
 from kvsieve.bench.rows import Row
 from kvsieve.errors import RecipeError
-from kvsieve.reference.loader import folder
+from kvsieve.reference.origin import weights
 from kvsieve.reference.samples import VERSION as TASK_VERSION
 
 KIND, VERSION = "quality", 1
@@ -44,12 +42,6 @@ def origin() -> Row:
         "model": "reference", "weights": weights(), "device": "cpu", "dtype": "float32",
         "threads": torch.get_num_threads(), "versions": rows.versions(), "commit": rows.commit(),
     }  # fmt: skip
-
-
-@cache
-def weights() -> str:
-    """Return a hash of the reference model's weights."""
-    return hashlib.sha256((folder() / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def key(row: Row, names: tuple[str, ...] = IDENTITY) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 from kvsieve.bench.quality.answers import Answers, answer
 from kvsieve.bench.quality.plan import Asked, Plan
 from kvsieve.bench.quality.rows import identity, key
-from kvsieve.bench.rows import Row
+from kvsieve.bench.rows import Row, failure
 from kvsieve.compose import recipe
-from kvsieve.errors import RecipeError
 from kvsieve.reference import Sample
 
 Progress = Callable[[str, int], None]
@@ -65,8 +64,7 @@ class _Cell:
             return {**found.figures(self.full), "error": None, "refused": False}
         except Exception as error:  # recorded in the row; the exit code tells
             self.progress(self.name, 0)
-            refused = isinstance(error, RecipeError)
-            return {"error": f"{type(error).__name__}: {error}", "refused": refused}
+            return failure(error)
 
     def _answer(self, built: Any, told: bool) -> Answers:
         return answer(

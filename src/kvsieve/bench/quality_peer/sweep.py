@@ -15,8 +15,7 @@ from kvsieve.bench.quality.plan import Asked, Plan
 from kvsieve.bench.quality.rows import identity, key
 from kvsieve.bench.quality_peer.answering import Answered, Asking
 from kvsieve.bench.remote import Peer
-from kvsieve.bench.rows import Row
-from kvsieve.errors import RecipeError
+from kvsieve.bench.rows import Row, failure
 from kvsieve.reference import Sample
 from kvsieve.reference.loader import folder
 
@@ -102,8 +101,7 @@ class _Cell:
             return found.figures(self.full) | {"error": None, "refused": False}
         except Exception as error:  # recorded in the row; the exit code tells
             self.progress(self.name, 0)
-            refused = isinstance(error, RecipeError)
-            return {"error": f"{type(error).__name__}: {error}", "refused": refused}
+            return failure(error)
 
     def _answers(self, method: str | None, budget: str | None, told: bool) -> Answered:
         def note() -> None:

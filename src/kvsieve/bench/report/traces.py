@@ -76,12 +76,13 @@ def table(rows: Sequence[Row]) -> Table:
 def _cells(row: Row) -> list[Cell]:
     length = row["length"]
     spans = [[length * i // 5, length * (i + 1) // 5] for i in range(5)]
-    shares = [_share(row, span) for span in [*spans, row["asked"]]]
+    shares = [share(row, span) for span in [*spans, row["asked"]]]
     shown = [Cell("–") if x is None else Cell(f"{x:.0%}", x) for x in shares]
     return [Cell(row["method"]), Cell("right" if row["right"] else "wrong"), *shown]
 
 
-def _share(row: Row, span: Sequence[int] | None) -> float | None:
+def share(row: Row, span: Sequence[int] | None) -> float | None:
+    """Return the share of a span's slots that are left, over layers and heads."""
     if span is None:
         return None
     heads = [head for layer in row["layers"] for head in layer]
