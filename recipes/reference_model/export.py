@@ -13,20 +13,32 @@ import torch
 from model import Shape
 from tokenizers import Tokenizer, models, pre_tokenizers
 from train import CHECKPOINT
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from kvsieve.reference.loader import MAX_TOKENS, folder
 from kvsieve.reference.vocabulary import IDS
 
 
-def to_transformers(shape: Shape, weights: dict[str, torch.Tensor]) -> Qwen3ForCausalLM:
-    """Return the same model as a Qwen3ForCausalLM in fp32."""
+def to_transformers(
+    shape: Shape, weights: dict[str, torch.Tensor]
+) -> Qwen3ForCausalLM | LlamaForCausalLM:
+    """Return the same model in Transformers' form, in fp32."""
+    form = (Qwen3Config, Qwen3ForCausalLM)
+    if not shape.query_key_norm:
+        form = (LlamaConfig, LlamaForCausalLM)
     ends = {
         "bos_token_id": IDS["<bos>"],
         "eos_token_id": IDS["<eos>"],
         "pad_token_id": IDS["<pad>"],
     }
-    config = Qwen3Config(
+    config = form[0](
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -40,7 +52,7 @@ def to_transformers(shape: Shape, weights: dict[str, torch.Tensor]) -> Qwen3ForC
         tie_word_embeddings=True,
         **ends,
     )
-    model = Qwen3ForCausalLM(config)
+    model = form[1](config)
     model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
     model.generation_config = GenerationConfig(do_sample=False, **ends)
     return model

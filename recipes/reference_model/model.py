@@ -1,8 +1,9 @@
-"""A lean Qwen3 for training, with the parameter names of transformers' Qwen3ForCausalLM.
+"""A lean Qwen3 or Llama for training, with the parameter names of Transformers' classes.
 
-Pre-norm blocks, grouped-query attention with normalised queries and keys, rotary positions, SwiGLU,
-embedding shared with the output. Training needs the hidden states only (logits are computed where
-the loss is), and no cache, so it compiles to less than the original does.
+Pre-norm blocks, grouped-query attention, rotary positions, SwiGLU, embedding shared with the
+output; queries and keys are normalised in the Qwen3 form and not in the Llama form. Training needs
+the hidden states only (logits are computed where the loss is), and no cache, so it compiles to less
+than the originals do.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model; the fields are named as in Qwen3Config."""
+    """Sizes of the model; the fields are named as in Qwen3Config and LlamaConfig."""
 
     vocab_size: int = 576
     hidden_size: int = 192
@@ -29,6 +30,12 @@ class Shape:
     max_position_embeddings: int = 8192
     rope_theta: float = 1e5
     rms_norm_eps: float = 1e-6
+    query_key_norm: bool = True
+
+
+FORMS = {"qwen3": Shape(), "llama": Shape(query_key_norm=False, rope_theta=1e4)}
+"""The shipped model's form, and one that differs in what compression looks at: keys as projected,
+and rotations ten times as fast at the slow end."""
 
 
 class RMSNorm(nn.Module):
@@ -72,17 +79,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(shape.hidden_size, key_size, bias=False)
         self.v_proj = nn.Linear(shape.hidden_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, shape.hidden_size, bias=False)
-        self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
-        self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        if shape.query_key_norm:
+            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         rows, length, _ = x.shape
         split = (rows, length, -1, self.shape.head_dim)
-        query = self.q_norm(self.q_proj(x).view(split)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(x).view(split)).transpose(1, 2)
+        query, key = self.q_proj(x).view(split), self.k_proj(x).view(split)
         value = self.v_proj(x).view(split).transpose(1, 2)  # [rows, kv_heads, length, head_dim]
-        query = rotate(query, cos, sin).to(value.dtype)
-        key = rotate(key, cos, sin).to(value.dtype)
+        if self.shape.query_key_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate(query.transpose(1, 2), cos, sin).to(value.dtype)
+        key = rotate(key.transpose(1, 2), cos, sin).to(value.dtype)
         group = self.shape.num_attention_heads // self.shape.num_key_value_heads
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)

@@ -2,7 +2,8 @@
 
 The same command resumes an interrupted run from its last checkpoint and ends with the same weights
 (on the same machine and thread count). `--refine DIR` starts from the weights of a finished run and
-trains them on first answers. `--smoke` trains a tiny model for a few steps.
+trains them on first answers. `--form llama` trains a second model, to see whether a finding holds.
+`--smoke` trains a tiny model for a few steps.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 
 import data
 import torch
-from model import LanguageModel, Shape
+from model import FORMS, LanguageModel
 from optimizer import Optimizer
 from rich.console import Console
 from torch.nn import functional as F
 
 CHECKPOINT = "checkpoint.pt"
-_SMOKE_SHAPE = Shape(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+_SMOKE = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Settings:
     smoke: bool = False
     course: str = "whole"
     peak: float = 1.0
+    form: str = "qwen3"
 
     def rate(self, step: int) -> float:
         """Factor on the learning rates: warm-up to `peak`, constant, then linear decay to 2 %."""
@@ -51,7 +53,9 @@ class Run:
     def __init__(self, settings: Settings, out: Path, device: str) -> None:
         torch.manual_seed(settings.seed)
         self.settings, self.path, self.device = settings, out / CHECKPOINT, device
-        shape = _SMOKE_SHAPE if settings.smoke else Shape()
+        shape = FORMS[settings.form]
+        if settings.smoke:
+            shape = replace(shape, **_SMOKE)
         self.model = LanguageModel(shape).to(device)
         self.optimizer = Optimizer(self.model)
         compiled = torch.compile(self.model.model, dynamic=False)
@@ -155,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--steps", type=int, help="default 3000; 600 with --refine, 12 with --smoke"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--form", default="qwen3", choices=FORMS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--save-seconds", type=float, default=120, help="between checkpoints")
@@ -176,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    chosen = Settings(seed=options.seed)
+    chosen = Settings(seed=options.seed, form=options.form)
     if options.smoke:
         chosen = replace(chosen, steps=12, tokens=512, warm_up=4, smoke=True)
     if options.refine is not None:

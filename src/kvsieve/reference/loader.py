@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsieve.errors import ReferenceModelError, choices
-from kvsieve.reference.vocabulary import KNOWN
+from kvsieve.reference.vocabulary import IDS, KNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,15 +25,17 @@ def folder() -> Path:
     return Path(str(resources.files("kvsieve.reference") / "model"))
 
 
-def load(dtype: Any = "float32", device: str = "cpu") -> tuple[Any, Any]:
+def load(dtype: Any = "float32", device: str = "cpu", at: Path | None = None) -> tuple[Any, Any]:
     """Return ``(model, tokenizer)``, ready for inference; needs no network.
 
     Args:
         dtype: "float32", "bfloat16" or a torch dtype; the weights are stored in bfloat16.
         device: where the model goes.
+        at: another checkpoint in the same language (``recipes/reference_model``); else the
+            shipped one.
 
     Raises:
-        ReferenceModelError: an unknown dtype.
+        ReferenceModelError: an unknown dtype, or a folder without such a checkpoint.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,10 +43,29 @@ def load(dtype: Any = "float32", device: str = "cpu") -> tuple[Any, Any]:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in known and dtype not in known.values():
         raise ReferenceModelError(f"Unknown dtype {dtype!r}. {choices(str(dtype), known)}")
+    at = at or folder()
+    check_checkpoint(at)
     with _quiet():
-        model: Any = AutoModelForCausalLM.from_pretrained(folder(), dtype=known.get(dtype, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(folder())
+        model: Any = AutoModelForCausalLM.from_pretrained(at, dtype=known.get(dtype, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(at)
     return model.eval().to(device), tokenizer
+
+
+def check_checkpoint(at: Path) -> None:
+    """Check that a folder holds a checkpoint that speaks the reference model's language.
+
+    Raises:
+        ReferenceModelError: files are missing, or the vocabulary is another.
+    """
+    advice = "recipes/reference_model/train.py and export.py --to FOLDER make one."
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (at / name).is_file():
+            raise ReferenceModelError(f"{str(at)!r} has no {name}: {advice}")
+    spoken = json.loads((at / "tokenizer.json").read_text()).get("model", {}).get("vocab")
+    if spoken != IDS:
+        raise ReferenceModelError(
+            f"The model at {str(at)!r} doesn't speak the reference model's language: {advice}"
+        )
 
 
 @contextmanager
