@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvsieve import reference
-from kvsieve.bench.plan import PEER_METHODS
+from kvsieve.bench.plan import PEER_DECODES, PEER_METHODS, PEER_REPLAYS
 from kvsieve.bench.quality.plan import Plan
 from kvsieve.bench.quality.rows import identity, key, read
 from kvsieve.bench.quality.sweep import measure as ours
@@ -23,7 +23,9 @@ from kvsieve.bench.quality_peer.answering import slots
 from kvsieve.bench.quality_peer.table import markdown, pairs
 from kvsieve.bench.remote import Peer
 from kvsieve.cli import app
-from kvsieve.errors import RecipeError
+from kvsieve.errors import RecipeError, ReferenceModelError
+from kvsieve.reference import load
+from kvsieve.reference.loader import folder
 from kvsieve.registry import methods
 
 # KnormPress as in kvpress: keys of small norm stay, once, after the first forward.
@@ -52,6 +54,30 @@ class KnormPress:
                 hook.remove()
 """
 
+DECODING = """
+class DecodingPress:
+    def __init__(self, base_press, compression_interval, target_size):
+        self.base_press, self.interval, self.size = base_press, compression_interval, target_size
+    @contextmanager
+    def __call__(self, model):
+        steps = [0] * len(model.model.layers)
+        def cut(module, args, kwargs, output):
+            layer = kwargs["past_key_values"].layers[module.layer_idx]
+            steps[module.layer_idx] += 1
+            if steps[module.layer_idx] % self.interval == 0 and layer.keys.shape[2] > self.size:
+                layer.keys = layer.keys[:, :, -self.size:].clone()
+                layer.values = layer.values[:, :, -self.size:].clone()
+        hooks = [
+            layer.self_attn.register_forward_hook(cut, with_kwargs=True)
+            for layer in model.model.layers
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+"""
+
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:
@@ -60,7 +86,7 @@ def loaded() -> tuple[Any, Any]:
 
 @pytest.fixture
 def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    (tmp_path / "kvpress.py").write_text(STAND_IN)
+    (tmp_path / "kvpress.py").write_text(STAND_IN + DECODING)
     facts = tmp_path / "kvpress-0.5.5.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpress\nVersion: 0.5.5\n")
@@ -151,9 +177,49 @@ def test_only_what_kvpress_has_is_asked(peer: Peer) -> None:
     sweep = plan(
         methods=("full", "snapkv", "snapkv:window=8", "h2o", "laprox"), tasks=("retrieval", "walk")
     )
-    assert [one.method for one in s.asked(sweep)] == ["full", "snapkv"]
-    assert {task for task, _ in s.cells(sweep)} == {"retrieval"}
-    assert PEER_METHODS < set(methods())
+    assert [one.method for one in s.asked(sweep, "query-aware")] == ["full", "snapkv"]
+    assert [one.method for one in s.asked(sweep, "decode")] == ["full"]
+    assert PEER_DECODES < PEER_METHODS < set(methods())
+
+
+def test_a_chain_is_cut_while_it_is_written(peer: Peer, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    sweep = plan(tasks=("walk",), settings=("decode",), n=2)
+    full, cut = s.measure(sweep, peer, tokenizer, model.config)
+    assert full["error"] is None and cut["error"] is None
+    assert cut["press"].startswith("DecodingPress(")
+    token = s.token_bytes(model.config)
+    assert 64 * token <= cut["cache"]["bytes_kept"] <= (64 + 16) * token
+    assert cut["cache"]["bytes_full"] > (64 + 16) * token
+
+
+def test_another_checkpoint_is_opened_there_too(
+    peer: Peer, loaded: tuple[Any, Any], tmp_path: Path
+) -> None:
+    model, tokenizer = loaded
+    at = tmp_path / "other"
+    silent = type(model)(model.config)
+    silent.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()})
+    silent.save_pretrained(at)
+    tokenizer.save_pretrained(at)
+    sweep = plan(methods=("full",), settings=("query-aware",), reference=at)
+    (row,) = s.measure(sweep, peer, tokenizer, model.config)
+    assert row["score"] == 0 and row["model"] == "other"
+    assert row["weights"] != identity(plan(), *sweep.cells()[0], sweep.asked()[0])["weights"]
+    (mine,) = ours(sweep, *load(at=at))
+    assert mine["right"] == row["right"] and mine["weights"] == row["weights"]
+
+
+def test_only_a_checkpoint_of_the_language_will_do(tmp_path: Path) -> None:
+    with pytest.raises(ReferenceModelError, match=r"no config\.json"):
+        plan(reference=tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder() / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    with pytest.raises(ReferenceModelError, match="doesn't speak"):
+        plan(reference=tmp_path)
+    run = CliRunner().invoke(app, ["bench", "quality", "--peer-only"])
+    assert run.exit_code == 2 and "--peer-python" in run.stderr
 
 
 def test_budgets_become_slots() -> None:
@@ -178,13 +244,14 @@ def test_rows_are_not_mistaken_for_ours(peer: Peer) -> None:
 )
 def test_every_press_answers(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    sweep = plan(methods=("full", *sorted(PEER_METHODS)), length=256, n=2)
+    named = sorted(PEER_METHODS | PEER_REPLAYS)
+    sweep = plan(methods=("full", *named), tasks=("retrieval", "walk"), length=256, n=2)
     peer = Peer(os.environ["KVSIEVE_PEER_PYTHON"], torch.get_num_threads())
     try:
         found = list(s.measure(sweep, peer, tokenizer, model.config))
     finally:
         peer.close()
-    assert len(found) == 2 * (1 + len(PEER_METHODS))
+    assert len(found) == 2 * (1 + len(named)) + 1 + len(PEER_DECODES)
     assert [row["error"] for row in found] == [None] * len(found)
     exact = ("knorm", "snapkv", "keydiff", "criticalkv", "cur", "full")
     mine = list(ours(plan(methods=exact, length=256, n=2), model, tokenizer))

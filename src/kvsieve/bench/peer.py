@@ -36,6 +36,7 @@ def press_of(method: str, ratio: float) -> Any:
         "expected-attention": lambda: k.AdaKVPress(scored("ExpectedAttentionPress", epsilon=0.01)),
         "keydiff": lambda: scored("KeyDiffPress"),
         "knorm": lambda: scored("KnormPress"),
+        "kvzip": lambda: scored("KVzipPress"),
         "lagkv": lambda: scored("LagKVPress", n_sink=4, lag_size=128),
         "leverage": lambda: scored("LeverageScorePress", sketch_dimension=48),
         "pyramidkv": lambda: scored("PyramidKVPress", **window),
@@ -83,11 +84,13 @@ class Peer:
         limit: int,
         ends: list[int],
         seed: int,
+        interval: int | None = None,
     ) -> dict[str, Any]:
         """Read ``prompt[:read]`` under the press, then the rest without, and answer greedily.
 
-        ``method`` None: no press. The rest is fed token by token: layers may hold unequal numbers
-        of slots, and one mask for all of them would let questions look ahead.
+        ``method`` None: no press. ``interval``: read without, and cut to ``slots`` after so many
+        tokens of the answer, again and again. The rest is fed token by token: layers may hold
+        unequal numbers of slots, and one mask for all of them would let questions look ahead.
         """
         transformers: Any = import_module("transformers")
         self.close()
@@ -95,18 +98,31 @@ class Peer:
         self.cache = transformers.DynamicCache(config=self.built.config)
         ids = torch.tensor([prompt], device=self.device)
         self.position = read
-        # kvpress keeps int(length * (1 - ratio)) slots.
-        press = None if method is None else press_of(method, max(0.0, 1 - (slots + 0.1) / read))
-        with press(self.built) if press is not None else contextlib.nullcontext():
+        press, reading, writing = self._presses(method, slots, read, interval)
+        with reading:
             self.token, prefill = self.forward(ids[:, :read], None)
         for place in range(read, len(prompt)):
             prefill += self._next(ids[:, place : place + 1])
         tokens, decode = [self.token.item()], 0.0
-        while len(tokens) < limit and tokens[-1] not in ends:
-            decode += self._next(self.token)
-            tokens.append(self.token.item())
+        with writing:
+            while len(tokens) < limit and tokens[-1] not in ends:
+                decode += self._next(self.token)
+                tokens.append(self.token.item())
         seconds = {"prefill": prefill, "decode": decode}
         return {"tokens": tokens, "seconds": seconds, "press": _settings(press), **self.bytes()}
+
+    def _presses(self, method: str | None, slots: int, read: int, interval: int | None) -> Any:
+        """Return a press, and what to read and to write under."""
+        nothing = contextlib.nullcontext()
+        if method is None:
+            return None, nothing, nothing
+        if interval is not None:
+            kvpress: Any = import_module("kvpress")
+            press = kvpress.DecodingPress(press_of(method, 0.0), interval, slots)
+            return press, nothing, press(self.built)
+        # kvpress keeps int(length * (1 - ratio)) slots.
+        press = press_of(method, max(0.0, 1 - (slots + 0.1) / read))
+        return press, press(self.built), nothing
 
     def _next(self, token: torch.Tensor) -> float:
         """Feed a token ``[1, 1]`` at the next position; return the seconds."""

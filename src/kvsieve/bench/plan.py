@@ -24,6 +24,15 @@ PEER_METHODS = frozenset(
 )
 """What ``peer.py`` finds in kvpress."""
 
+PEER_REPLAYS = frozenset({"kvzip"})
+"""What it finds there and can let answer, but not time beside others: a prompt read twice."""
+
+PEER_DECODES = frozenset(
+    "cur expected-attention keydiff knorm lagkv random streaming-llm tova".split()
+)
+"""What kvpress can let act at every 16th decode step: no window longer than an interval, and no
+press that is for prompts alone."""
+
 FEW = ("full", "snapkv", "keydiff", "streaming-llm", "adakv", "g-kv@1024:interval=128")
 
 

@@ -49,6 +49,12 @@ PeerPython = Annotated[
         rich_help_panel=_PEER,
     ),
 ]
+PeerOnly = Annotated[
+    bool,
+    typer.Option(
+        "--peer-only", help="Measure kvpress's cells and leave ours.", rich_help_panel=_PEER
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(

@@ -50,7 +50,9 @@ def quality(
     ] = False,
     batch: s.Batch = 10,
     threads: s.Threads = None,
+    reference: s.Reference = None,
     peer_python: g.PeerPython = None,
+    peer_only: g.PeerOnly = False,
     out: s.Out = None,
     json: s.Json = False,
 ) -> None:
@@ -75,7 +77,10 @@ def quality(
         n=n,
         seed=seed,
         batch=batch,
+        reference=reference,
     )
+    if peer_only and peer_python is None:
+        raise BadInput("--peer-only needs --peer-python: a Python that has kvpress.")
     if quick:
         if (tasks, budgets, length, n) != ("all", BUDGETS, 1024, 20):
             raise BadInput("--quick sets --tasks, --budgets, --length and --n: leave them out.")
@@ -84,9 +89,11 @@ def quality(
     wanted = [q.identity(plan, *cell, asked) for cell in plan.cells() for asked in plan.asked()]
 
     def measured(done: set[str], step: Any) -> Iterator[Row]:
-        return measure(plan, *load(), done, step)
+        return measure(plan, *load(at=plan.reference), done, step)
 
-    found = gather(path, q.read(path) if path else [], wanted, q.key, measured, plan.n, json)
+    found: list[Row] = []
+    if not peer_only:
+        found = gather(path, q.read(path) if path else [], wanted, q.key, measured, plan.n, json)
     if not json:
         for _, group in groupby(found, lambda row: (row["task"], row["setting"])):
             _print(list(group))

@@ -30,7 +30,7 @@ def peer_rows(plan: Plan, python: str, path: Path | None, json: bool) -> list[Ro
     with closing(Peer(python, torch.get_num_threads())) as peer:
 
         def measure(done: Any, note: Any) -> Any:
-            model, tokenizer = load("float32", "cpu")
+            model, tokenizer = load("float32", "cpu", plan.reference)
             return sweep.measure(plan, peer, tokenizer, model.config, done, note)
 
         known = read(path) if path else []

@@ -40,6 +40,14 @@ Out = Annotated[
         show_default=False,
     ),
 ]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        help="A checkpoint in the reference model's language, made by recipes/reference_model; "
+        "otherwise the shipped one.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print rows on stdout, one JSON a line.")]
 
 

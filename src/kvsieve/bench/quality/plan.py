@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvsieve.bench.spec import parse_method
@@ -11,6 +12,7 @@ from kvsieve.budget import Budget
 from kvsieve.compose import Recipe, recipe
 from kvsieve.errors import BudgetError, RecipeError, choices
 from kvsieve.reference import ADVERTISED, Sample
+from kvsieve.reference.loader import check_checkpoint
 from kvsieve.reference.sized import CHAINS, sized
 from kvsieve.registry import find
 
@@ -78,11 +80,12 @@ class Plan:
 
     ``methods``: "name" or "name:option=value:..."; ``length``: tokens of a document, or of a whole
     chain; ``n``: prompts per cell, made from seeds ``seed``, ``seed + 1``, ...; ``batch``: prompts
-    answered at once.
+    answered at once; ``reference``: a checkpoint in the reference model's language, else the
+    shipped one.
 
     Raises:
         RecipeError: unknown tasks, settings, methods, options or budgets.
-        ReferenceModelError: a length that a task can't have.
+        ReferenceModelError: a length that a task can't have, or a folder without a checkpoint.
     """
 
     methods: tuple[str, ...]
@@ -93,6 +96,7 @@ class Plan:
     n: int = 20
     seed: int = 0
     batch: int = 10
+    reference: Path | None = None
 
     def __post_init__(self) -> None:
         for given, possible, what in (
@@ -110,6 +114,8 @@ class Plan:
         for task in self.tasks:
             sized(task, seed=self.seed, length=self.length)
         self.asked()
+        if self.reference is not None:
+            check_checkpoint(self.reference)
 
     def asked(self) -> list[Asked]:
         """Return every method at every budget, each once, the full cache first."""

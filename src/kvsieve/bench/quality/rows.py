@@ -28,7 +28,7 @@ IDENTITY = (
 def identity(plan: Plan, task: str, setting: str, asked: Asked) -> Row:
     """Return what a row is of; rows that agree in all of it are the same measurement."""
     return {
-        "kind": KIND, "version": VERSION, "engine": "transformers", **origin(),
+        "kind": KIND, "version": VERSION, "engine": "transformers", **origin(plan.reference),
         "task": task, "task_version": TASK_VERSION, "setting": setting, "length": plan.length,
         "method": asked.method, "budget": asked.budget,
         "recipe": asked.plain(setting, plan.length),
@@ -36,10 +36,11 @@ def identity(plan: Plan, task: str, setting: str, asked: Asked) -> Row:
     }  # fmt: skip
 
 
-def origin() -> Row:
-    """Return where rows of the reference model come from."""
+def origin(at: Path | None = None) -> Row:
+    """Return where rows of the reference model, or of the checkpoint ``at``, come from."""
+    name = "reference" if at is None else at.resolve().name
     return {
-        "model": "reference", "weights": weights(), "device": "cpu", "dtype": "float32",
+        "model": name, "weights": weights(at), "device": "cpu", "dtype": "float32",
         "threads": torch.get_num_threads(), "versions": rows.versions(), "commit": rows.commit(),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvsieve.bench.intervals import paired_difference
 from kvsieve.bench.quality.answers import Answers
+from kvsieve.bench.quality.plan import DECODE_INTERVAL
 from kvsieve.bench.remote import Peer
 from kvsieve.budget import Budget
 from kvsieve.errors import RecipeError
@@ -92,24 +93,32 @@ class Asking:
         samples: Sequence[Sample],
         setting: str,
         progress: Callable[[], None] = lambda: None,
+        length: int | None = None,
     ) -> Answered:
         """Let the peer answer every sample greedily; ``method`` None: with the stock cache.
 
-        With "query-agnostic" the document alone is read under the press, else the whole prompt.
+        With "query-agnostic" the document alone is read under the press, with "query-aware" the
+        whole prompt; with "decode" the press acts while the answer is written, and a share of a
+        budget is one of ``length`` tokens.
 
         Raises:
             PeerError: it failed there; the message is the peer's.
         """
         found = Answered(answers=Answers(samples=samples))
         for sample in samples:
-            text, cost = self._answer(method, budget, sample, setting)
+            text, cost = self._answer(method, budget, sample, setting, length)
             found.answers.texts.append(text)
             found.costs.append(cost)
             progress()
         return found
 
     def _answer(
-        self, method: str | None, budget: str | None, sample: Sample, setting: str
+        self,
+        method: str | None,
+        budget: str | None,
+        sample: Sample,
+        setting: str,
+        length: int | None,
     ) -> tuple[str, dict[str, Any]]:
         prompt = self._ids(sample.prompt)
         read = len(prompt)
@@ -121,7 +130,8 @@ class Asking:
             prompt=prompt,
             read=read,
             method=method,
-            slots=slots(budget, read, self.token_bytes),
+            slots=slots(budget, length or read, self.token_bytes),
+            interval=DECODE_INTERVAL if setting == "decode" else None,
             limit=sample.answer_tokens + 1,
             ends=self.ends,
             seed=sample.seed,

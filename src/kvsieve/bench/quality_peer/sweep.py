@@ -1,16 +1,18 @@
-"""kvpress's rows of a quality sweep: its cells of lookup tasks, for the methods that it has too.
+"""kvpress's rows of a quality sweep: its cells, for the methods that it has too.
 
-kvpress compresses once, after what is read under the press, and not what comes later: question and
-answer stay whole. kvsieve's rows hold their budget while the answer is written, too.
+On lookups kvpress compresses once, after what is read under the press, and not what comes later:
+question and answer stay whole, where kvsieve's rows hold their budget while the answer is written,
+too. On chains a DecodingPress cuts to the same slots at the same steps; it protects no last tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from kvsieve.bench.plan import PEER_METHODS
+from kvsieve.bench.plan import PEER_DECODES, PEER_METHODS, PEER_REPLAYS
 from kvsieve.bench.quality.plan import Asked, Plan
 from kvsieve.bench.quality.rows import identity, key
 from kvsieve.bench.quality_peer.answering import Answered, Asking
@@ -22,18 +24,14 @@ from kvsieve.reference.loader import folder
 Progress = Callable[[str, int], None]
 
 
-def asked(plan: Plan) -> list[Asked]:
-    """Return what kvpress has too: the methods it shares, with their defaults."""
+def asked(plan: Plan, setting: str) -> list[Asked]:
+    """Return what kvpress has too: the methods it shares in a setting, with their defaults."""
+    shared = PEER_DECODES if setting == "decode" else PEER_METHODS | PEER_REPLAYS
     return [
         one
         for one in plan.asked()
-        if one.method == "full" or (one.method in PEER_METHODS and not one.options)
+        if one.method == "full" or (one.method in shared and not one.options)
     ]
-
-
-def cells(plan: Plan) -> list[tuple[str, str]]:
-    """Return the plan's pairs of lookup task and setting."""
-    return [(task, setting) for task, setting in plan.cells() if setting != "decode"]
 
 
 def peer_identity(plan: Plan, task: str, setting: str, one: Asked, peer: Peer) -> Row:
@@ -45,7 +43,11 @@ def peer_identity(plan: Plan, task: str, setting: str, one: Asked, peer: Peer) -
 
 def identities(plan: Plan, peer: Peer) -> list[Row]:
     """Return the cells, in order."""
-    return [peer_identity(plan, *cell, one, peer) for cell in cells(plan) for one in asked(plan)]
+    return [
+        peer_identity(plan, task, setting, one, peer)
+        for task, setting in plan.cells()
+        for one in asked(plan, setting)
+    ]
 
 
 def measure(
@@ -63,19 +65,20 @@ def measure(
     answered since.
     """
     asking: Asking | None = None
-    for task, setting in cells(plan):
-        wanted = [(one, peer_identity(plan, task, setting, one, peer)) for one in asked(plan)]
+    for task, setting in plan.cells():
+        named = asked(plan, setting)
+        wanted = [(one, peer_identity(plan, task, setting, one, peer)) for one in named]
         wanted = [(one, row) for one, row in wanted if key(row) not in done]
         if wanted:
-            asking = asking or _opened(peer, tokenizer, config)
-            cell = _Cell(asking, plan.samples(task), setting, progress)
+            asking = asking or _opened(peer, tokenizer, config, plan.reference)
+            cell = _Cell(asking, plan.samples(task), setting, plan.length, progress)
             for one, row in wanted:
                 cell.name = f"{task} {setting}: kvpress {one.method} {one.budget or ''}".rstrip()
                 yield row | cell.figures(one)
 
 
-def _opened(peer: Peer, tokenizer: Any, config: Any) -> Asking:
-    ends = peer.ask("open", folder=str(folder()), dtype="float32", device="cpu")["ends"]
+def _opened(peer: Peer, tokenizer: Any, config: Any, at: Path | None) -> Asking:
+    ends = peer.ask("open", folder=str(at or folder()), dtype="float32", device="cpu")["ends"]
     return Asking(peer=peer, ends=ends, tokenizer=tokenizer, token_bytes=token_bytes(config))
 
 
@@ -86,6 +89,7 @@ class _Cell:
     asking: Asking
     samples: list[Sample]
     setting: str
+    length: int
     progress: Progress
     name: str = ""
     full: Answered | None = None
@@ -107,7 +111,8 @@ class _Cell:
         def note() -> None:
             self.progress(self.name, int(told))
 
-        return self.asking.answers(method, budget, self.samples, self.setting, note)
+        length = self.length if self.setting == "decode" else None
+        return self.asking.answers(method, budget, self.samples, self.setting, note, length)
 
 
 def token_bytes(config: Any) -> int:
