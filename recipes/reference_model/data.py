@@ -53,6 +53,18 @@ COURSES = {
         full=0.3,
         first=1.0,
     ),
+    # For half the steps: looking up is learned on 128 tokens, in the first 1.5 million of them.
+    "short": Course(
+        phases=(
+            (0.00, {128: 1}),
+            (0.35, {128: 1, 256: 1}),
+            (0.55, {256: 1, 512: 1}),
+            (0.75, {128: 1, 256: 1, 512: 1, 1024: 2}),
+        ),
+        tasks={"retrieval": 1, "multi-hop": 1.2, "instructions": 2, "reasoning": 1, "walk": 1.8},
+        full=0.5,
+        first=2.0,
+    ),
     # Later answers can copy their form from earlier ones, so "whole" teaches little about giving
     # the first answer by the instructions alone; that is what this one is about.
     "first-answers": Course(

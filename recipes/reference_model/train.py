@@ -160,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--form", default="qwen3", choices=FORMS)
+    parser.add_argument("--course", choices=data.COURSES, help="default whole; see data.py")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--save-seconds", type=float, default=120, help="between checkpoints")
@@ -187,6 +188,8 @@ def _settings(options: argparse.Namespace) -> Settings:
     if options.refine is not None:
         steps = chosen.steps if options.smoke else 600
         chosen = replace(chosen, steps=steps, course="first-answers", peak=0.4, decay=0.9)
+    if options.course is not None:
+        chosen = replace(chosen, course=options.course)
     return chosen if options.steps is None else replace(chosen, steps=options.steps)
 
 

@@ -55,6 +55,12 @@ class KnormPress:
 """
 
 DECODING = """
+import os
+class StreamingLLMPress:
+    def __init__(self, compression_ratio, n_sink):
+        self.compression_ratio = compression_ratio
+    def __call__(self, model):
+        os._exit(3)
 class DecodingPress:
     def __init__(self, base_press, compression_interval, target_size):
         self.base_press, self.interval, self.size = base_press, compression_interval, target_size
@@ -171,6 +177,14 @@ def test_known_cells_are_skipped_and_errors_are_rows(peer: Peer, loaded: tuple[A
     done = {key(row) for row in first}
     assert done == {key(row) for row in s.identities(sweep, peer)}
     assert not list(s.measure(sweep, peer, tokenizer, model.config, done))
+
+
+def test_the_sweep_goes_on_after_the_process_has_ended(peer: Peer, loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    sweep = plan(methods=("streaming-llm", "knorm"), settings=("query-aware",), n=1)
+    full, ended, knorm = s.measure(sweep, peer, tokenizer, model.config)
+    assert full["error"] is None and "exit code 3" in ended["error"]
+    assert knorm["error"] is None and knorm["method"] == "knorm"
 
 
 def test_only_what_kvpress_has_is_asked(peer: Peer) -> None:

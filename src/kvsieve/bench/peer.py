@@ -75,6 +75,7 @@ class Peer:
         ends = self.built.generation_config.eos_token_id
         return {"ends": ends if isinstance(ends, list) else [ends]}
 
+    @torch.no_grad()  # kvzip reads a second time when its press is left
     def answer(
         self,
         prompt: list[int],

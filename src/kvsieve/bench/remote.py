@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ class Peer:
     """The other process; started once, it keeps its model between cells."""
 
     def __init__(self, python: str, threads: int) -> None:
+        self._python, self._threads = python, threads
+        self._start()
+
+    def _start(self) -> None:
+        python = self._python
         self._errors = tempfile.TemporaryFile("w+")
         try:
             self._process = subprocess.Popen(
@@ -39,7 +45,7 @@ class Peer:
             self._errors.close()
             raise PeerError(f"Can't start the peer's Python {python!r}: {error}") from error
         self._built: Any = None
-        self.versions: dict[str, str] = self.ask("threads", count=threads)
+        self.versions: dict[str, str] = self.ask("threads", count=self._threads)
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Send one request and wait for its answer.
@@ -56,11 +62,27 @@ class Peer:
             line = ""
         if not line:
             self._errors.seek(0)
-            raise PeerError(f"kvpress's process ended: {self._errors.read()[-500:].strip()}")
+            code = self._process.wait(timeout=30)
+            said = self._errors.read()[-500:].strip()
+            raise PeerError(f"kvpress's process ended with exit code {code}: {said}")
         answer = json.loads(line)
         if "error" in answer:
             raise PeerError(answer["error"])
         return answer
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def restart(self) -> None:
+        """Start the process anew; it holds no model then.
+
+        Raises:
+            PeerError: it can't be started.
+        """
+        self.close()
+        self._start()
 
     def build(self, shape: Shape, dtype: str, device: str) -> None:
         """Make sure that the peer holds this model."""
@@ -72,7 +94,8 @@ class Peer:
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # what was written to a process that had ended
+            self._process.stdin.close()
         self._process.wait(timeout=30)
         self._process.stdout.close()
         self._errors.close()

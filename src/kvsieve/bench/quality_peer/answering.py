@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -77,14 +78,27 @@ class Answered:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Asking:
-    """A peer that holds the model: ``ends``: ids that end an answer; ``token_bytes``: see slots."""
+    """A peer that is to hold the model in the folder ``at``; ``token_bytes``: see slots.
+
+    ``ends``: ids that end an answer, once the model is open.
+    """
 
     peer: Peer
-    ends: list[int]
+    at: Path
     tokenizer: Any
     token_bytes: int
+    ends: list[int] = field(default_factory=list)
+
+    def open(self) -> None:
+        """Have the model open, in a new process if the last one ended."""
+        if not self.peer.alive:
+            self.peer.restart()
+            self.ends = []
+        if not self.ends:
+            told = self.peer.ask("open", folder=str(self.at), dtype="float32", device="cpu")
+            self.ends = told["ends"]
 
     def answers(
         self,
@@ -104,6 +118,7 @@ class Asking:
         Raises:
             PeerError: it failed there; the message is the peer's.
         """
+        self.open()
         found = Answered(answers=Answers(samples=samples))
         for sample in samples:
             text, cost = self._answer(method, budget, sample, setting, length)

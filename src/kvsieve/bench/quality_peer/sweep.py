@@ -78,8 +78,9 @@ def measure(
 
 
 def _opened(peer: Peer, tokenizer: Any, config: Any, at: Path | None) -> Asking:
-    ends = peer.ask("open", folder=str(at or folder()), dtype="float32", device="cpu")["ends"]
-    return Asking(peer=peer, ends=ends, tokenizer=tokenizer, token_bytes=token_bytes(config))
+    return Asking(
+        peer=peer, at=at or folder(), tokenizer=tokenizer, token_bytes=token_bytes(config)
+    )
 
 
 @dataclass
