@@ -5,6 +5,8 @@ OLDEST := .venv-oldest/bin
 PEER := .venv-peer/bin
 VLLM := .venv-vllm/bin
 PIP_FLAGS := --quiet --disable-pip-version-check
+# One process per core, with one thread each; idle ones take over tests of busy ones.
+PARALLEL ?= -n auto --maxprocesses 4 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast check format bench harness test-oldest test-vllm test-vllm-all peer clean
@@ -29,10 +31,10 @@ demo: .venv/.ready ## set up, then compress real generation on the shipped refer
 	  --methods full,random,streaming-llm,tova,h2o,g-kv
 
 test: .venv/.ready ## set up, then run all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 test-fast: .venv/.ready ## the tests without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not slow"
 
 check: .venv/.ready ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -56,7 +58,7 @@ harness: .venv/.ready ## add lm-evaluation-harness for `kvsieve bench tasks` (0.
 	@touch $@
 
 test-oldest: .venv-oldest/.ready ## the laws on the oldest supported Transformers
-	$(OLDEST)/python -m pytest -q -m oldest
+	$(OLDEST)/python -m pytest -q $(PARALLEL) -m oldest
 
 .venv-vllm/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm

@@ -1,4 +1,4 @@
-"""One thread, no network, fixed seeds.
+"""One thread, no network, fixed seeds; safe to run in several processes at once.
 
 Annotations are not enforced at run time: the parts are structural protocols, and tests pass wrong
 types on purpose to see the library's own errors. Pyright checks them.
@@ -17,6 +17,9 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Programs that tests start would take every core from the other workers.
+    os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 # Memory that nobody has written is then NaN, so that reading it shows.
 torch.use_deterministic_algorithms(True)
