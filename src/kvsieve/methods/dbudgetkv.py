@@ -108,7 +108,8 @@ class NormStop(ScorerDefaults):
     paper="DBudgetKV / ReFreeKV",
     year=2025,
     arxiv="2502.16886",
-    certainty="secondary description",
+    certainty="code",
+    oracle="Patrick-Ni/ReFreeKV",
 )
 def dbudgetkv(
     *,

@@ -121,6 +121,7 @@ def newest(store: Store) -> tuple[Tensor, Tensor]:
     year=2024,
     arxiv="2412.16187",
     certainty="code",
+    oracle="minghui-liu/cold-compress",
 )
 def hash_evict(
     *, bits: int = 16, source: Source = "query", sinks: int = 4, recent: int = 10, seed: int = 0
