@@ -168,6 +168,20 @@ def test_a_session_repeats_the_prompt_in_chunks(scope: str) -> None:
                 assert store["position"][b, h, : store.counts[b, h]].tolist() == stay
 
 
+@pytest.mark.parametrize(("floor", "least"), [(0.0, 0), (0.5, 3), (1.0, 6)])
+def test_a_floor_leaves_every_head_a_share(floor: float, least: int) -> None:
+    """One head's keys are read by nothing: its scores are the lowest of the model."""
+    toy = Toy([draw(B=1, H=2, S=40, seed=7), draw(B=1, H=2, S=40, seed=8)])
+    toy.tables[0].keys[0, 0] = 0
+    toy.tables[1].keys.mul_(4.0)
+    made = kvsieve.recipe("kvzip", budget=6, chunk=5, overlap=2, sinks=0, floor=floor)
+    session = Session(made, [LayerInfo(ordinal=i) for i in range(2)])
+    toy.forward(session, torch.arange(20)[None])
+    counts = [layer.store.counts[0].tolist() for layer in session.layers]
+    assert sum(map(sum, counts)) == 4 * 6
+    assert counts[0][0] == least == min(map(min, counts))
+
+
 def one_row(toy: Toy, prompt: Tensor, ordinal: int) -> list[Vector]:
     """Scores of a prompt, head by head."""
     request, n = torch.tensor([30, 31, 32]), len(prompt)

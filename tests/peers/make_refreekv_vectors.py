@@ -59,7 +59,7 @@ def inputs() -> dict[str, Tensor]:
 
 
 def weights(query: Tensor, key: Tensor) -> Tensor:
-    """Attention of the last W queries, ``[Hq, W, N]``, of ``query [Hq, N, D]``, ``key [Hq, N, D]``."""
+    """Attention of the last W queries, ``[Hq, W, N]``; ``query``, ``key [Hq, N, D]``."""
     logits = query[:, -WINDOW:] @ key.transpose(-1, -2) / D**0.5
     future = torch.arange(N) > torch.arange(N - WINDOW, N)[:, None]
     return logits.masked_fill(future, -torch.inf).softmax(-1)

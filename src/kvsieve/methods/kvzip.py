@@ -100,8 +100,11 @@ def kvzip(
     sinks: int = 4,
     repeat_ids: Sequence[int] = (),
     scope: Literal["model", "layer"] = "model",
+    floor: float = 0.0,
 ) -> Recipe:
-    """``chunk``: tokens repeated at once; ``repeat_ids``: token ids of the repeat request."""
+    """``chunk``: tokens repeated at once; ``repeat_ids``: token ids of the repeat request;
+    ``scope``: where budgets are shared; ``floor``: share of its even part that each head keeps.
+    """
     scopes = {"model": Scope.MODEL, "layer": Scope.LAYER}
     if scope not in scopes:
         raise RecipeError(f"kvzip: scope={scope!r}; possible: {', '.join(scopes)}.")
@@ -111,7 +114,7 @@ def kvzip(
     return Recipe(
         method="kvzip",
         scorer=scorer,
-        allocator=TopK(scope=scopes[scope]),
+        allocator=TopK(scope=scopes[scope], floor=floor),
         schedule=AfterPrefill(),
         layout="ragged",
         sinks=sinks,
