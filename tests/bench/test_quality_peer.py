@@ -90,16 +90,18 @@ def loaded() -> tuple[Any, Any]:
     return reference.load("float32", "cpu")
 
 
-@pytest.fixture
-def peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Peer]:
-    (tmp_path / "kvpress.py").write_text(STAND_IN + DECODING)
-    facts = tmp_path / "kvpress-0.5.5.dist-info"
+@pytest.fixture(scope="module")
+def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    at = tmp_path_factory.mktemp("peer")
+    (at / "kvpress.py").write_text(STAND_IN + DECODING)
+    facts = at / "kvpress-0.5.5.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpress\nVersion: 0.5.5\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    started = Peer(sys.executable, 1)
-    yield started
-    started.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(at))
+        started = Peer(sys.executable, 1)
+        yield started
+        started.close()
 
 
 def plan(**changes: Any) -> Plan:
