@@ -56,13 +56,13 @@ def key_leverage(step: Step, store: Store, inside: Tensor, width: int, seed: int
 _MIX = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35)
 
 
-def uniform(position: Tensor, layer: int, heads: int, seed: int) -> Tensor:
+def uniform(position: Tensor, layer: int, heads: int, seed: int, first: int = 0) -> Tensor:
     """Return numbers in [0, 1) drawn for (seed, layer, head, position), ``[B, H, S]`` in fp32.
 
-    ``position [B, 1 or H, S]``. From an integer hash: alone, in a batch and in parts they are the
-    same.
+    ``position [B, 1 or H, S]``; heads are numbered from ``first``. From an integer hash: alone, in
+    a batch and in parts they are the same.
     """
-    head = torch.arange(heads, device=position.device)[:, None] + 1
+    head = torch.arange(first, first + heads, device=position.device)[:, None] + 1
     x = position.long() * _MIX[0] + head * _MIX[1] + (layer + 1) * _MIX[2] + seed
     for factor in (0x7FEB352D, 0x846CA68B):
         x = x & 0xFFFFFFFF

@@ -27,11 +27,13 @@ class LayerInfo:
     ``output_projection()`` returns ``[H, G, Dv, C]``; ``rotary`` gives the model's own rotation
     tables. Either is None where the model has no such thing. ``heads``, ``pair_bytes`` (one key and
     one value), ``query_bytes`` (one token's queries) and ``sizes`` (numbers in a key and in a
-    value) let budgets in bytes be checked before anything runs.
+    value) let budgets in bytes be checked before anything runs. ``first_head``: the layer's number
+    of the first head here, where several workers share a layer.
     """
 
     ordinal: int
     heads: int | None = None
+    first_head: int = 0
     pair_bytes: int | None = None
     query_bytes: int | None = None
     sizes: tuple[int, int] | None = None

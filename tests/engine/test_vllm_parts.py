@@ -210,3 +210,17 @@ def test_metrics_have_prometheus_names() -> None:
     tally.freed(3)
     assert tally.to_dict()["blocks_freed"] == 3 and tally.blocks_held == 7
     assert "_beside" not in tally.to_dict()
+
+
+class Bytes:
+    def nbytes(self) -> int:
+        return 5
+
+
+def test_of_several_workers_the_first_counts_compactions() -> None:
+    first, second = Tally(), Tally(first=False)
+    for tally in (first, second):
+        tally.compacted(0, 32, 0.5, Bytes())
+    assert (first.compactions, first.evicted, first.seconds) == (1, 32, 0.5)
+    assert (second.compactions, second.evicted, second.seconds) == (0, 0, 0)
+    assert first.side_bytes == second.side_bytes == 5, "everybody has its own"

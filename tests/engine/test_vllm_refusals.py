@@ -27,7 +27,11 @@ def config(**changes: Any) -> Any:
             enable_dbo=False,
         ),
         model_config=SimpleNamespace(
-            use_mla=False, is_hybrid=False, is_encoder_decoder=False, runner_type="generate"
+            use_mla=False,
+            is_hybrid=False,
+            is_encoder_decoder=False,
+            runner_type="generate",
+            get_total_num_kv_heads=lambda: 4,
         ),
         speculative_config=None,
         kv_transfer_config=None,
@@ -41,6 +45,7 @@ def config(**changes: Any) -> Any:
 def test_nothing_special_is_fine() -> None:
     check_config(config())
     check_config(config(cache_config__cache_dtype="bfloat16"))
+    check_config(config(parallel_config__tensor_parallel_size=4))
     check_layer({"sliding_window": -1, "alibi_slopes": None, "attn_type": "decoder"})
 
 
@@ -52,9 +57,10 @@ def test_nothing_special_is_fine() -> None:
         ({"kv_transfer_config": object()}, "KV connector"),
         ({"parallel_config__decode_context_parallel_size": 2}, "context parallelism"),
         ({"parallel_config__prefill_context_parallel_size": 2}, "context parallelism"),
-        ({"parallel_config__tensor_parallel_size": 2}, "several workers"),
-        ({"parallel_config__pipeline_parallel_size": 2}, "several workers"),
-        ({"parallel_config__data_parallel_size": 2}, "several workers"),
+        ({"parallel_config__tensor_parallel_size": 8}, "4 KV heads over 8 workers"),
+        ({"parallel_config__tensor_parallel_size": 3}, "4 KV heads over 3 workers"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline or data parallelism"),
+        ({"parallel_config__data_parallel_size": 2}, "pipeline or data parallelism"),
         ({"parallel_config__enable_dbo": True}, "dual batch overlap"),
         ({"model_config__use_mla": True}, "latent attention"),
         ({"model_config__is_hybrid": True}, "hybrid models"),

@@ -8,6 +8,7 @@ import torch
 
 import kvsieve
 from kvsieve.interfaces import Scorer
+from kvsieve.sketch import uniform
 
 from .support import Layer, Run, draw, kept, scores, table
 
@@ -34,6 +35,12 @@ def test_seeds_layers_and_heads_are_independent() -> None:
     streams = [*numbers(), *numbers(seed=1), *numbers(ordinal=1), *numbers(seed=2, ordinal=3)]
     for a, b in itertools.combinations(streams, 2):
         assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.06
+
+
+def test_heads_of_another_worker_have_their_own_numbers() -> None:
+    position = torch.arange(16)[None, None]
+    whole = uniform(position, 2, 4, 3)
+    assert torch.cat([uniform(position, 2, 2, 3, first) for first in (0, 2)], 1).equal(whole)
 
 
 def test_the_same_position_has_the_same_number_alone_padded_and_again() -> None:

@@ -20,27 +20,48 @@ class Kept:
     """Positions that vLLM kept after a forward: ``(request, n0, n1, layer) -> [H][slots]``."""
 
     of: dict[tuple[int, int, int, int], list[list[int]]] = field(default_factory=dict)
+    original: Any = None
+
+
+HERE = Kept()
+"""What this process, which may be a worker of its own, has kept."""
+
+
+def begin(worker: Any) -> None:
+    """Write down what every compaction in a worker's process keeps."""
+    from kvsieve.engines.vllm.beside import Beside
+
+    HERE.of, HERE.original = {}, Beside.keep
+    context = worker.vllm_config.compilation_config.static_forward_context
+    ordinal = {id(layer.impl.sieve.beside): i for i, layer in enumerate(context.values())}
+
+    def keep(self: Any, event: Any, store: Any) -> None:
+        HERE.original(self, event, store)
+        key = (number(event.row.key), event.row.n0, event.row.n1, ordinal[id(self)])
+        HERE.of[key] = self.requests[event.row.key].columns["position"][0].tolist()
+
+    Beside.keep = keep  # type: ignore[method-assign]
+
+
+def end(worker: Any) -> dict[tuple[int, int, int, int], list[list[int]]]:
+    """Return what was written down, and write no more."""
+    from kvsieve.engines.vllm.beside import Beside
+
+    Beside.keep = HERE.original  # type: ignore[method-assign]
+    return HERE.of
 
 
 @contextmanager
 def watching(llm: Any) -> Iterator[Kept]:
-    """Write down what every compaction of an engine in this process kept."""
-    from kvsieve.engines.vllm.beside import Beside
-
-    kept, original = Kept(), Beside.keep
-    context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    ordinal = {id(layer.impl.sieve.beside): i for i, layer in enumerate(context.values())}
-
-    def keep(self: Any, event: Any, store: Any) -> None:
-        original(self, event, store)
-        key = (number(event.row.key), event.row.n0, event.row.n1, ordinal[id(self)])
-        kept.of[key] = self.requests[event.row.key].columns["position"][0].tolist()
-
-    Beside.keep = keep  # type: ignore[method-assign]
+    """Write down what every compaction of an engine keeps, the heads of all its workers."""
+    kept = Kept()
+    llm.collective_rpc(begin)
     try:
         yield kept
     finally:
-        Beside.keep = original  # type: ignore[method-assign]
+        shares = llm.collective_rpc(end)
+        assert all(share.keys() == shares[0].keys() for share in shares), "all at the same time"
+        kept.of = {key: [row for share in shares for row in share[key]] for key in shares[0]}
 
 
 @dataclass

@@ -29,7 +29,9 @@ class Random(ScorerDefaults):
 
     def score(self, step: Step, store: Store) -> Tensor:
         B, H = store.counts.shape
-        return uniform(store["position"], step.layer.ordinal, H, self.seed).expand(B, H, -1)
+        layer = step.layer
+        drawn = uniform(store["position"], layer.ordinal, H, self.seed, layer.first_head)
+        return drawn.expand(B, H, -1)
 
 
 @method(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from kvsieve.engines.vllm.beside import Places, Writes
@@ -145,10 +146,12 @@ class SieveBuilder:
         assert made.recipe.scorer is not None, "only recipes that compress come here"
         self.requests, self.window = requests, made.recipe.scorer.window
         self.poison = settings.poison
+        rank = get_tensor_model_parallel_rank()
+        TALLY.first = rank == 0
         context = config.compilation_config.static_forward_context
         self.layers = [context[name] for name in self.names]
         for ordinal, (name, layer) in enumerate(zip(self.names, self.layers, strict=True)):
-            info = layer_info(model, name, ordinal, layer.impl)
+            info = layer_info(model, name, ordinal, layer.impl, rank)
             check_signals(made.recipe, info, model)
             layer.impl.sieve = _layer_sieve(layer, info, made, settings.poison)
         logger.info("kvsieve: %s", made)

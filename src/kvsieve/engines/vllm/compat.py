@@ -107,6 +107,7 @@ def _hooks() -> dict[str, tuple[str, ...]]:
         "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager._remove_blocks_in_range": (
             *("request_id", "first_block", "last_block"),
         ),
+        "vllm.distributed:get_tensor_model_parallel_rank": (),
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache": ("kv_cache_config",),
     }
 

@@ -33,10 +33,12 @@ class Sized(Protocol):
 class Tally:
     """Counters of one process; ``compactions`` and ``evicted`` are counted by the first layer.
 
-    ``published``: also for Prometheus. Of several workers of one model, one publishes.
+    ``published``: also for Prometheus. Of several workers that share a model's heads all compact
+    at the same time, so that only the ``first`` counts; bytes beside the blocks are everybody's.
     """
 
     published: bool = False
+    first: bool = True
     compactions: int = 0
     evicted: int = 0
     seconds: float = 0.0
@@ -47,16 +49,19 @@ class Tally:
 
     def compacted(self, ordinal: int, removed: int, seconds: float, beside: Sized) -> None:
         """Count one request in one layer."""
+        self._beside[ordinal] = beside.nbytes()
+        if ordinal == 0:
+            self.side_bytes = sum(self._beside.values())
+            self._set("kvsieve_side_bytes", self.side_bytes)
+        if not self.first:
+            return
         self.seconds += seconds
         self._add("kvsieve_compaction_seconds", seconds)
-        self._beside[ordinal] = beside.nbytes()
         if ordinal == 0:
             self.compactions += 1
             self.evicted += removed
-            self.side_bytes = sum(self._beside.values())
             self._add("kvsieve_compactions", 1)
             self._add("kvsieve_tokens_evicted", removed)
-            self._set("kvsieve_side_bytes", self.side_bytes)
 
     def freed(self, blocks: int) -> None:
         """Count blocks that compaction gave back to the pool."""

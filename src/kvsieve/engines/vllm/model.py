@@ -15,15 +15,17 @@ from kvsieve.step import LayerInfo, Rotary
 from kvsieve.store.rope import rotate
 
 
-def layer_info(model: Any, name: str, ordinal: int, impl: Any) -> LayerInfo:
+def layer_info(model: Any, name: str, ordinal: int, impl: Any, rank: int = 0) -> LayerInfo:
     """Describe the attention layer ``name``, such as "model.layers.3.self_attn.attn".
 
-    ``impl``: its implementation, which knows heads and sizes of this worker's share.
+    ``impl``: its implementation, which knows heads and sizes of this worker's share; ``rank``: of
+    this worker among those that share the layer's heads.
     """
     parent = model.get_submodule(name.rpartition(".")[0])
     return LayerInfo(
         ordinal=ordinal,
         heads=impl.num_kv_heads,
+        first_head=rank * impl.num_kv_heads,
         output_projection=_projection(parent, impl),
         rotary=_rotary(parent, impl.head_size),
     )

@@ -20,7 +20,7 @@ def check_config(config: Any) -> None:
 
 def _findings(config: Any) -> list[tuple[bool, str]]:
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
-    dtype = cache.cache_dtype
+    dtype, workers = cache.cache_dtype, parallel.tensor_parallel_size
     return [
         (
             bool(cache.enable_prefix_caching),
@@ -43,11 +43,15 @@ def _findings(config: Any) -> list[tuple[bool, str]]:
             "context parallelism: a block's slots would lie on several workers.",
         ),
         (
-            parallel.tensor_parallel_size > 1
-            or parallel.pipeline_parallel_size > 1
-            or parallel.data_parallel_size > 1,
-            "several workers (tensor, pipeline or data parallelism): not checked yet. Use one "
-            "worker, or several servers.",
+            workers > 1 and bool(model.get_total_num_kv_heads() % workers),
+            f"{model.get_total_num_kv_heads()} KV heads over {workers} workers: a head would be on "
+            "several of them, each with some of its queries, and they would keep different slots. "
+            "Use a --tensor-parallel-size that divides the KV heads.",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1 or parallel.data_parallel_size > 1,
+            "pipeline or data parallelism: not checked. Use tensor parallelism "
+            "(--tensor-parallel-size), or several servers.",
         ),
         (
             bool(getattr(parallel, "enable_dbo", False)),
