@@ -11,11 +11,12 @@ import time
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvsieve
-from kvsieve.bench import rows
+from kvsieve.bench import rows, served
 from kvsieve.bench.serving import IDENTITY, KIND, VERSION, Load, identity
 from kvsieve.cli.serve import plugin_config, server_command, split_model
 from kvsieve.engines.vllm.settings import Settings
@@ -110,17 +111,64 @@ def test_signals_and_exit_codes_pass(code: int) -> None:
 
 
 def test_rows_have_a_kind_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvsieve.bench.serving._vllm", lambda: "0.32.0")
-    load = Load(model="/some/model", requests=2, prompt=8, output=4, kv_blocks=9)
+    monkeypatch.setattr("kvsieve.bench.serving.vllm_version", lambda: "0.32.0")
+    load = Load(model="/some/model", load="2x8+4", kv_blocks=9)
     row = identity(load, "keydiff", {"method": "keydiff", "budget": 64}, 0)
     assert row["model"] == "model" and row["versions"]["vllm"] == "0.32.0"
     figures = {"steps": 5, "preemptions": 0, "mean_running": 1.5, "most_running": 2, "seconds": 2.0}
-    figures |= {"tokens_per_second": 4.0, "compaction_seconds": 0.1}
+    figures |= {"tokens_per_second": 4.0, "event_in_steps": 1.25}
     path = tmp_path / "serve.jsonl"
     rows.append(path, row | figures)
     assert rows.read(path) == [] and rows.read(path, KIND, VERSION) == [row | figures]
     assert rows.key(row, IDENTITY) != rows.key(row | {"round": 1}, IDENTITY)
+    rows.append(path, row | figures | {"method": "knorm", "tokens_per_second": 6.0})
     shown = call("bench", "serve", "--table", str(path))
-    assert shown.code == 0 and "2 x 8+4" in shown.out and "5.0%" in shown.out
+    assert shown.code == 0 and "2x8+4" in shown.out
+    assert "1.2" in shown.out and "1.50" in shown.out, "an event in steps, speed over the first"
     empty = call("bench", "serve", "--table", str(tmp_path / "none.jsonl"))
     assert empty.code == 2 and "no rows" in empty.err
+
+
+def test_loads_are_read_and_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = Load(model="m", load="3x200+600, 1x50+1500", kv_blocks=9)
+    assert load.sizes() == [(200, 600), (50, 1500), (200, 600), (200, 600)]
+    assert load.longest == 1550
+    monkeypatch.setattr(module, "find_spec", lambda name: pytest.fail("too late"))
+    for bad in ("16", "0x200+600", "16x200", "16x200+600,", "16x200+-1"):
+        called = call("bench", "serve", "--methods", "full", "--load", bad)
+        assert called.code == 2 and "16x200+600" in called.err, called.err
+
+
+def test_bad_questions_to_two_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: pytest.fail("too late"))
+    for given, says in (
+        (("--tasks", "reasonning"), "Did you mean 'reasoning'"),
+        (("--n", "0"), "1 or more"),
+        (("--methods", "adakv"), "Nearest possible recipe: snapkv"),
+    ):
+        called = call("bench", "served", *given)
+        assert called.code == 2 and says in called.err, called.err
+
+
+def test_transformers_follows_what_vllm_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both engines get the same recipe at the same columns; vLLM is left out of this."""
+    seen: list[dict[str, Any]] = []
+
+    def vllm(name: str, asked: dict[str, Any], threads: int) -> dict[str, Any]:
+        seen.append(asked)
+        return {"tokens": [[5, 2], [2]], "compactions": 3, "preemptions": 0}
+
+    monkeypatch.setattr(served, "answered", vllm)
+    monkeypatch.setattr(served, "vllm_version", lambda: "0.32.0")
+    plan = served.Plan(tasks=("reasoning",), length=128, n=2)
+    config = {"method": "keydiff", "budget": 64, "interval": 32}
+    (row,) = served.measure(plan, {"keydiff": config})
+    assert row["vllm"]["right"] == [0, 0] and row["same_tokens"] == 0
+    samples = plan.samples("reasoning")
+    assert [len(p) for p in seen[0]["prompts"]] == [len(s.prompt.split()) for s in samples]
+    assert row["compactions"] == 3 and rows.key(row, served.IDENTITY)
+    (full,) = served.measure(plan, {"full": None})
+    assert full["transformers"]["score"] == 1.0
+    built = served.as_served(config, 32)
+    assert str(built.schedule) == "columns of 32 (after-prompt, every 32 tokens)"
+    assert list(served.measure(plan, {"full": None}, {rows.key(full, served.IDENTITY)})) == []

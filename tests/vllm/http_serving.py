@@ -34,11 +34,16 @@ class Server:
 
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def metrics(self) -> dict[str, float]:
-        """Return kvsieve's metrics by name."""
+    def metrics(self, *prefixes: str) -> dict[str, float]:
+        """Return metrics by name (kvsieve's, or those that begin with one of ``prefixes``)."""
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=30).read().decode()
-        pairs = (line.split() for line in text.splitlines() if line.startswith("kvsieve"))
-        return {name: float(value) for name, value in pairs}
+        wanted = prefixes or ("kvsieve",)
+        pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith(wanted))
+        return {name.partition("{")[0]: float(value) for name, value in pairs}
+
+    def preemptions(self) -> float:
+        """Return how often requests were preempted; one is counted before its answer ends."""
+        return self.metrics("vllm:num_preemptions_total")["vllm:num_preemptions_total"]
 
 
 def free_port() -> int:
@@ -48,8 +53,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def started_server(log: Path) -> Iterator[Server]:
-    """Start a server and stop it again; what it says goes to ``log``."""
+def started_server(log: Path, *more: str) -> Iterator[Server]:
+    """Start a server with ``more`` options and stop it again; what it says goes to ``log``."""
     port = free_port()
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     env |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
@@ -57,7 +62,7 @@ def started_server(log: Path) -> Iterator[Server]:
     with log.open("wb") as out:
         started = subprocess.Popen(
             [sys.executable, "-c", "from kvsieve.cli import main; main()", "serve", *OPTIONS,
-             "--port", str(port)],
+             *more, "--port", str(port)],
             env=env, stdout=out, stderr=subprocess.STDOUT,
         )  # fmt: skip
         made = Server(f"http://127.0.0.1:{port}", log)

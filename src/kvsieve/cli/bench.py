@@ -15,6 +15,7 @@ from kvsieve.cli.bench_fidelity import fidelity
 from kvsieve.cli.bench_kept import kept
 from kvsieve.cli.bench_quality import quality
 from kvsieve.cli.bench_serve import serve
+from kvsieve.cli.bench_served import served
 from kvsieve.cli.bench_tasks import tasks
 from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console
@@ -78,6 +79,7 @@ def speed(
 
 
 bench.command()(serve)
+bench.command()(served)
 
 
 def _measure(settings: Any, peer_python: str | None, out: Path | None, json: bool) -> None:

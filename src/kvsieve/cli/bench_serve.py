@@ -16,6 +16,9 @@ from kvsieve.cli.output import console, table
 from kvsieve.cli.serve import plugin_config, require_vllm
 from kvsieve.cli.sweeps import Row
 
+_SAME = ("load", "model", "kv_blocks", "block", "chunk", "dtype", "threads", "round", "cpu")
+"""What rows have in common that can be compared with each other."""
+
 
 def serve(
     methods: Annotated[
@@ -27,9 +30,14 @@ def serve(
     model: o.Model = None,
     kv_blocks: Annotated[int, typer.Option(help="Blocks of the pool, for every method.")] = 65,
     block: Annotated[int, typer.Option(help="Slots of a block.")] = 32,
-    requests: Annotated[int, typer.Option(help="Requests, all sent at once.")] = 16,
-    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 200,
-    output: Annotated[int, typer.Option(help="Tokens of each answer.")] = 600,
+    load: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="REQUESTSxPROMPT+ANSWER (tokens), all sent at once; commas mix several; may be "
+            "given more than once.",
+            show_default="16x200+600",
+        ),
+    ] = None,
     chunk: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -47,6 +55,7 @@ def serve(
     """Serve the same load under several methods: engine steps, preemptions, tokens per second.
 
     Steps and preemptions are the scheduler's and repeat exactly; seconds are this machine's.
+    "event" is what a compaction (one request, all layers) costs, in plain decode steps.
     """
     from kvsieve.bench import rows
     from kvsieve.bench.serving import IDENTITY, KIND, VERSION, Load, measure
@@ -57,11 +66,17 @@ def serve(
             raise BadInput(f"{str(shown)!r} has no rows of `kvsieve bench serve`.")
         _show(found, json)
         return
-    configs = _configs(methods, budget, set_ or [], policy)
-    load = Load(
-        model=_model(model), requests=requests, prompt=prompt, output=output, kv_blocks=kv_blocks,
-        block=block, chunk=chunk, dtype=dtype, threads=threads,
-    )  # fmt: skip
+    configs = configs_of(methods, budget, set_ or [], policy)
+    try:
+        loads = [
+            Load(
+                model=_model(model), load=one, kv_blocks=kv_blocks, block=block, chunk=chunk,
+                dtype=dtype, threads=threads,
+            )
+            for one in load or ["16x200+600"]
+        ]  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"--load {error}") from error
     require_vllm()
     known = {rows.key(row, IDENTITY): row for row in (rows.read(out, KIND, VERSION) if out else [])}
 
@@ -70,18 +85,20 @@ def serve(
 
     measured: list[Row] = []
     try:
-        for row in measure(load, configs, rounds, known.keys(), said):
-            measured.append(row)
-            if out:
-                rows.append(out, row)
+        for one in loads:
+            for row in measure(one, configs, rounds, known.keys(), said):
+                measured.append(row)
+                if out:
+                    rows.append(out, row)
     except RuntimeError as error:
         raise Failed(str(error)) from error
     _show(measured or list(known.values()), json)
 
 
-def _configs(
+def configs_of(
     methods: str, budget: str, pairs: Sequence[str], policy: str
 ) -> dict[str, dict[str, Any] | None]:
+    """Return the plugin's configuration of every method; None: vLLM as it is."""
     import kvsieve
 
     asked = settings.several(methods, budget, pairs, ())
@@ -103,12 +120,14 @@ def _show(found: Sequence[Row], json: bool) -> None:
         for row in found:
             typer.echo(jsonlib.dumps(row))
         return
-    numbers = ("blocks", "steps", "preempted", "running", "seconds", "tokens/s", "compacting")
+    numbers = ("blocks", "steps", "preempted", "running", "seconds", "tokens/s", "× first", "event")
     made = table("load", "method", "policy", *numbers, right=numbers, whole=("load", "method"))
+    first: dict[str, float] = {}
     for row in found:
-        config = row["config"] or {}
+        config, rate, event = row["config"] or {}, row["tokens_per_second"], row["event_in_steps"]
+        same = jsonlib.dumps([row[name] for name in _SAME])
         made.add_row(
-            f"{row['requests']} x {row['prompt']}+{row['output']}",
+            row["load"],
             row["method"],
             config.get("policy", "–"),
             str(row["kv_blocks"]),
@@ -116,7 +135,8 @@ def _show(found: Sequence[Row], json: bool) -> None:
             str(row["preemptions"]),
             f"{row['mean_running']:.1f} of {row['most_running']}",
             f"{row['seconds']:.1f}",
-            f"{row['tokens_per_second']:.0f}",
-            f"{row['compaction_seconds'] / row['seconds']:.1%}",
+            f"{rate:.0f}",
+            f"{rate / first.setdefault(same, rate):.2f}",
+            "–" if event is None else f"{event:.1f}",
         )
     console().print(made)
