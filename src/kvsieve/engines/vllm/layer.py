@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvsieve.compose import Recipe
 from kvsieve.engines.vllm.beside import Beside, Writes, grouped
-from kvsieve.engines.vllm.compaction import Tiles, compact
+from kvsieve.engines.vllm.compaction import compact
+from kvsieve.engines.vllm.layouts import Tiles
 from kvsieve.engines.vllm.metrics import Tally
-from kvsieve.engines.vllm.plan import Plan, Row
+from kvsieve.engines.vllm.plan import Event, Plan, Row
 from kvsieve.step import LayerInfo, Step
 
 
@@ -21,7 +22,8 @@ class Work:
     """One forward, for all layers: the plan, the logical block table, queries to remember.
 
     ``table [rows, columns]`` is vLLM's own; ``gone``: requests whose state ends before this
-    forward; ``place``: each row's place in the rings; ``places``: how many there are.
+    forward; ``place``: each row's place in the rings; ``places``: how many there are; ``blocks``:
+    by row, what layers looked up and need again.
     """
 
     plan: Plan
@@ -30,6 +32,7 @@ class Work:
     writes: Writes | None = None
     place: dict[str, int] = field(default_factory=dict)
     places: int = 0
+    blocks: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LayerSieve:
@@ -72,19 +75,19 @@ class LayerSieve:
             step = self._step(row, query, work)
             self.beside.observe(row, step)
             if row.index in due:
-                removed = compact(
-                    self.recipe,
-                    self.beside,
-                    self.tiles,
-                    cache,
-                    due[row.index],
-                    step,
-                    work.table[row.index],
-                    self.poison,
-                )
+                removed = self.compact(cache, due[row.index], step, work)
                 self.tally.compacted(
                     self.info.ordinal, removed, time.perf_counter() - start, self.beside
                 )
+        self.finish(cache, work)
+
+    def compact(self, cache: Tensor, event: Event, step: Step, work: Work) -> int:
+        """Compact one request; return the slots removed from each head."""
+        table = work.table[event.row.index]
+        return compact(self.recipe, self.beside, self.tiles, cache, event, step, table, self.poison)
+
+    def finish(self, cache: Tensor, work: Work) -> None:
+        """Do what is done once for all requests of a forward, if anything."""
 
     def _step(self, row: Row, query: Tensor, work: Work) -> Step:
         short = 0 < row.tokens < self.scorer.window

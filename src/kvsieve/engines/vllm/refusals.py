@@ -6,6 +6,12 @@ from typing import Any
 
 from kvsieve.errors import EngineError
 
+PIECEWISE = (
+    "Attention, and the compaction that follows it, runs between graphs: leave cudagraph_mode out, "
+    """or set --compilation-config '{"cudagraph_mode": "PIECEWISE"}'."""
+)
+"""What to set."""
+
 
 def check_config(config: Any) -> None:
     """Refuse a vLLM configuration under which compaction would be wrong.
@@ -58,6 +64,12 @@ def _findings(config: Any) -> list[tuple[bool, str]]:
             "dual batch overlap: its micro-batches are built apart. Leave --enable-dbo out.",
         ),
         (
+            # The usual FULL_AND_PIECEWISE becomes PIECEWISE by itself (see `gpu`).
+            getattr(config.compilation_config.cudagraph_mode, "name", "")
+            in ("FULL", "FULL_DECODE_ONLY"),
+            f"full CUDA graphs. {PIECEWISE}",
+        ),
+        (
             bool(model.use_mla),
             "latent attention (MLA): slots are latents shared by all heads. Use a model with "
             "plain or grouped-query attention.",
@@ -96,6 +108,8 @@ def check_layer(facts: dict[str, Any]) -> None:
         EngineError: windows, ALiBi, shared caches, cross-attention.
     """
     window = facts.get("sliding_window")
+    if isinstance(window, tuple):  # GPU backends count the tokens before, and behind, a query's own
+        window = max(window) + 1
     if window is not None and window > 0:
         raise EngineError(
             f"kvsieve can't run with sliding-window layers (here: {window} tokens): a window is a "
