@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    # Kernels run in Triton's interpreter. It is read when Triton is first imported: next line but 1.
+    # Kernels run in Triton's interpreter; Triton asks when it is first imported, which is below.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Memory that nobody has written is then NaN, so that reading it shows.
 torch.use_deterministic_algorithms(True)
