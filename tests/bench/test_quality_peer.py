@@ -20,7 +20,7 @@ from kvsieve.bench.quality.rows import identity, key, read
 from kvsieve.bench.quality.sweep import measure as ours
 from kvsieve.bench.quality_peer import sweep as s
 from kvsieve.bench.quality_peer.answering import slots
-from kvsieve.bench.quality_peer.table import markdown, pairs
+from kvsieve.bench.quality_peer.table import best_of_both, markdown, pairs
 from kvsieve.bench.remote import Peer
 from kvsieve.cli import app
 from kvsieve.errors import RecipeError, ReferenceModelError
@@ -251,6 +251,29 @@ def test_rows_are_not_mistaken_for_ours(peer: Peer) -> None:
     cell, one = sweep.cells()[0], sweep.asked()[0]
     theirs = s.peer_identity(sweep, *cell, one, peer)
     assert key(theirs) != key(identity(sweep, *cell, one))
+
+
+def test_the_best_of_both_sides_meet_on_the_same_prompts() -> None:
+    def row(engine: str, method: str, right: list[int], kept: int, **changes: Any) -> Any:
+        prompts = {"task": "walk", "task_version": 1, "setting": "decode", "length": 8, "seed": 0}
+        return prompts | {
+            "n": len(right), "weights": "w", "engine": engine, "method": method, "budget": "10%",
+            "recipe": {"method": method, "budget": 1, "recent": 2}, "error": None, "right": right,
+            "score": sum(right) / len(right), "cache": {"bytes_kept": kept},
+        } | changes  # fmt: skip
+
+    rows = [
+        row("transformers", "a", [1, 0, 1, 1], 9),
+        row("transformers", "b", [0, 1, 1, 1], 5),  # as good, and smaller
+        row("transformers", "c", [1, 1, 1, 1], 5, seed=1),  # other prompts
+        row("transformers", "d", [1, 1, 1, 1], 5, error="it broke"),
+        row("kvpress", "e", [0, 0, 1, 0], 5, recipe={"method": "e", "x": 1}),
+        row("kvpress", "f", [0, 0, 0, 0], 5),
+        row("kvpress", "full", [1, 1, 1, 1], 99, budget=None),
+    ]
+    ((*cell, difference),) = best_of_both(rows)
+    assert cell == ["walk", "decode", "10%", "b", "0.75", "e", "0.25"]
+    assert difference.startswith("+0.50 (")
 
 
 @pytest.mark.slow

@@ -39,6 +39,10 @@ def overview(
 def _others(
     results: Results, kept: Sequence[traces.Row], fidelity: Sequence[others.Row]
 ) -> Iterator[str]:
+    best = others.winners(results)
+    if best is not None:
+        yield "\n### The best of kvsieve and of kvpress\n"
+        yield from _table(best)
     beside = others.peers(results)
     if beside is not None:
         yield "\n### kvpress on the same prompts\n"

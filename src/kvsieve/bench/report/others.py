@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvsieve.bench.quality_peer.table import COLUMNS, side_by_side
+from kvsieve.bench.quality_peer.table import BEST, COLUMNS, best_of_both, side_by_side
 from kvsieve.bench.report.reading import Results, beside
 from kvsieve.bench.report.tables import Cell, Table
 
@@ -17,10 +17,18 @@ FILE, KIND, VERSION = "fidelity.jsonl", "fidelity", 1
 
 def peers(results: Results) -> Table | None:
     """Return both scores of every cell that kvpress answered, too; None: it answered none."""
-    lines = side_by_side(results.rows)
+    return _text(COLUMNS, side_by_side(results.rows))
+
+
+def winners(results: Results) -> Table | None:
+    """Return the best recipe of kvsieve and of kvpress in every cell that both answered."""
+    return _text(BEST, best_of_both(results.rows))
+
+
+def _text(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table | None:
     if not lines:
         return None
-    return Table(dict.fromkeys(COLUMNS, False), [[Cell(text) for text in line] for line in lines])
+    return Table(dict.fromkeys(columns, False), [[Cell(text) for text in line] for line in lines])
 
 
 def read(folder: Path) -> list[Row]:
