@@ -33,9 +33,13 @@ class Shape:
     query_key_norm: bool = True
 
 
-FORMS = {"qwen3": Shape(), "llama": Shape(query_key_norm=False, rope_theta=1e4)}
-"""The shipped model's form, and one that differs in what compression looks at: keys as projected,
-and rotations ten times as fast at the slow end."""
+FORMS = {
+    "qwen3": Shape(),
+    "qwen3-fast-rope": Shape(rope_theta=1e4),
+    "llama": Shape(query_key_norm=False, rope_theta=1e4),
+}
+"""The shipped model's form, and others that differ in what compression looks at: rotations ten
+times as fast at the slow end, and keys as projected. The last hasn't learned to look up so far."""
 
 
 class RMSNorm(nn.Module):

@@ -2,8 +2,8 @@
 
 The same command resumes an interrupted run from its last checkpoint and ends with the same weights
 (on the same machine and thread count). `--refine DIR` starts from the weights of a finished run and
-trains them on first answers. `--form llama` trains a second model, to see whether a finding holds.
-`--smoke` trains a tiny model for a few steps.
+trains them on first answers. `--form` and `--seed` make a second model, to see whether a
+finding holds. `--smoke` trains a tiny model for a few steps.
 """
 
 from __future__ import annotations
