@@ -109,7 +109,9 @@ def check_hooks() -> None:
 
 
 def _hooks() -> dict[str, tuple[str, ...]]:
+    v2 = {f"{_V2}:GPUModelRunner.initialize_kv_cache": ("kv_cache_config",)}
     return {
+        **(v2 if _V2 in _runners() else {}),
         "vllm.v1.attention.backends.registry:register_backend": ("backend", "class_path"),
         "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register": (
             *("kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
@@ -129,7 +131,8 @@ def _hooks() -> dict[str, tuple[str, ...]]:
             *("request_id", "first_block", "last_block"),
         ),
         "vllm.distributed:get_tensor_model_parallel_rank": (),
-    } | {f"{name}:GPUModelRunner.initialize_kv_cache": ("kv_cache_config",) for name in _runners()}
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache": ("kv_cache_config",),
+    }
 
 
 def _import(name: str) -> Any:
