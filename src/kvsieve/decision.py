@@ -50,6 +50,7 @@ class Decision:
                 seen=int(passed),
                 new=int(fresh),
                 prompt=self.prompt,
+                turns=forward.turns,
             )
             for n, passed, fresh in zip(slots + new, seen + new, new, strict=True)
         ]

@@ -25,6 +25,7 @@ class Forward:
     offset: Tensor | None = None
     prefill: bool = True
     first_part: bool = True  # of a prompt: nothing came before, or decoding did
+    turns: int = 0  # complete prompts that came before
     due: bool = False
     rows: Tensor | None = None  # [B] or [1] (all alike) bool, CPU: where the schedule is due
     owing: Tensor | None = None  # [B] bool, CPU: those of them from which something may go

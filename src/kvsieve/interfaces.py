@@ -78,7 +78,7 @@ class Occasion:
     ``decoded`` counts the single-token forwards since the last prompt part, this one included;
     ``slots`` is the largest number of live slots in any (row, head) of the layer; ``seen`` the
     row's tokens that will have passed with this forward, ``new`` of them its own; ``prompt`` the
-    prompt's length where it is known, else 0.
+    prompt's length where it is known, else 0; ``turns`` the complete prompts that came before.
     """
 
     prefill: bool
@@ -88,6 +88,7 @@ class Occasion:
     seen: int = 0
     new: int = 0
     prompt: int = 0
+    turns: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,20 @@ class AfterPrefill(_Combinable):
 
 
 @dataclass(frozen=True)
+class Once(AfterPrefill):
+    """After the first complete prompt alone: later turns, and what is written, stay whole.
+
+    Of a prompt in chunks that is the first chunk, unless the session knows the prompt's length.
+    """
+
+    def due(self, occasion: Occasion) -> bool:
+        return super().due(occasion) and occasion.turns == 0
+
+    def __str__(self) -> str:
+        return "once"
+
+
+@dataclass(frozen=True)
 class Every(_Combinable):
     """At every ``interval``-th decode step; a head holds at most budget + interval slots."""
 
@@ -176,7 +190,7 @@ class Either(_Combinable):
 
 
 def parse_schedule(given: str | Schedule) -> Schedule:
-    """Read "after-prefill", "each-step", "before-attend", "every:128", "above:2048".
+    """Read "after-prefill", "once", "each-step", "before-attend", "every:128", "above:2048".
 
     Several are joined by "|".
 
@@ -196,6 +210,7 @@ def _parse_one(text: str) -> Schedule:
     name, _, number = text.partition(":")
     plain = {
         "after-prefill": AfterPrefill,
+        "once": Once,
         "each-step": EachStep,
         "before-attend": BeforeAttend,
     }
@@ -216,5 +231,6 @@ __all__ = [
     "EachStep",
     "Either",
     "Every",
+    "Once",
     "parse_schedule",
 ]

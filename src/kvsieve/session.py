@@ -39,7 +39,7 @@ class Session:
         made = partial(Store, recipe.columns, recipe.layout, slack, recipe.summarise)
         self.layers = [LayerState(info=info, store=made()) for info in layers]
         self.prompt_length = prompt_length
-        self.logical = self.decoded = self.decode_steps = self.events = 0
+        self.logical = self.decoded = self.decode_steps = self.events = self.turns = 0
         self.bytes_peak = self.bytes_full = self._bytes = 0
         self.owed = self.broken = False
         self.offset: Tensor | None = None
@@ -81,7 +81,10 @@ class Session:
         first_part = self.logical == T or self.decoded > 0
         self.decoded = 0 if prefill else self.decoded + 1
         self.decode_steps += 0 if prefill else 1
-        forward = Forward(T=T, live=live, offset=offset, prefill=prefill, first_part=first_part)
+        forward = Forward(
+            T=T, live=live, offset=offset, prefill=prefill, first_part=first_part, turns=self.turns
+        )
+        self.turns += prefill and complete
         if self.outlook is not None and not prefill:
             forward.prediction = self.outlook.last()
         if self.recipe.compresses and self.recipe.schedule is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvsieve.errors import RecipeError
@@ -13,6 +15,7 @@ from kvsieve.schedules import (
     EachStep,
     Either,
     Every,
+    Once,
     parse_schedule,
 )
 
@@ -31,6 +34,7 @@ def occasion(at: str, slots: int = 10) -> Occasion:
 TIMES = ("prompt", "part", "1", "2", "3", "4", "5", "6")
 DUE = [
     ("after-prefill", {"prompt"}),
+    ("once", {"prompt"}),
     ("each-step", {"1", "2", "3", "4", "5", "6"}),
     ("before-attend", {"1", "2", "3", "4", "5", "6"}),
     ("every:1", {"1", "2", "3", "4", "5", "6"}),
@@ -59,6 +63,7 @@ def test_above_looks_at_the_fullest_head() -> None:
     ("schedule", "slack", "phases"),
     [
         (AfterPrefill(), None, ("prefill",)),
+        (Once(), None, ("prefill",)),
         (EachStep(), 0, ("decode",)),
         (BeforeAttend(), 0, ("decode",)),
         (Every(1), 0, ("decode",)),
@@ -78,6 +83,12 @@ def test_slack_and_phases(schedule: Schedule, slack: int | None, phases: tuple[s
     assert parse_schedule(str(schedule)) == schedule
 
 
+def test_once_is_for_the_first_complete_prompt() -> None:
+    due = [Once().due(replace(occasion("prompt"), turns=turns)) for turns in range(3)]
+    assert due == [True, False, False]
+    assert not Once().due(occasion("part"))
+
+
 def test_one_part_that_acts_before_attention_is_enough() -> None:
     early, late = BeforeAttend(), AfterPrefill() | Every(3)
     assert early.moment is (late | early).moment is (early | late).moment is Moment.BEFORE_ATTEND
@@ -93,7 +104,7 @@ def test_a_schedule_passes_through() -> None:
     ("text", "message"),
     [
         ("each-stpe", r"Unknown schedule 'each-stpe'\. Did you mean 'each-step'"),
-        ("", r"Possible: above, after-prefill, before-attend, each-step, every"),
+        ("", r"Possible: above, after-prefill, before-attend, each-step, every, once"),
         ("after-prefill|", r"Unknown schedule ''"),
         ("after-prefill:3", r"Unknown schedule 'after-prefill:3'"),
         ("every", r"Schedule 'every' needs a number, as in 'every:128'"),

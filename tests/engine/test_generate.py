@@ -225,3 +225,26 @@ def test_inference_mode_and_bfloat16() -> None:
         assert out.shape == (1, 34)
         assert run.report.removed
         assert run.report.bytes_full == 33 * 2 * 2 * 2 * 16 * 2
+
+
+@torch.no_grad()
+def test_once_leaves_later_turns_and_answers_whole() -> None:
+    """Of a padded batch, in one shot or in chunks of a known length."""
+    under = kvsieve.recipe("snapkv", budget=12, schedule="once", **WINDOW)
+    ids, mask = padded([prompt(40), prompt(23, 1)])
+    more = prompt(7, 2).expand(2, -1)
+    for chunks in ((40,), (25, 15)):
+        with kvsieve.Cache(tiny("llama"), under, prompt_length=40) as cache:
+            start = 0
+            for size in chunks:
+                end = start + size
+                part = ids[:, start:end]
+                tiny("llama")(part, attention_mask=mask[:, :end], past_key_values=cache)
+                start = end
+            assert counts(cache).eq(12).all()
+            events = cache.report.events
+            for turn, total in ((more, 7), (more[:, :1], 8)):
+                seen = torch.cat([mask, mask.new_ones(2, total)], 1)
+                tiny("llama")(turn, attention_mask=seen, past_key_values=cache)
+            assert counts(cache).eq(12 + 8).all()
+            assert cache.report.events == events > 0

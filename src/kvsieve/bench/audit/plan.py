@@ -52,15 +52,16 @@ class AuditPlan:
 
     def cells(self) -> list[tuple[Asked, str]]:
         """Return every method and budget with every fix; the full cache needs none."""
-        return [
-            (asked, fix)
-            for asked in self.quality().asked()
-            for fix in (FIXES if asked.budget is not None else FIXES[:1])
-        ]
+        return with_fixes(self.quality().asked())
 
     def plain(self, asked: Asked) -> dict[str, Any]:
         """Return the recipe as plain values, without the spans, which differ by prompt."""
         return asked.plain("query-agnostic", self.length)
+
+
+def with_fixes(asked: Sequence[Asked]) -> list[tuple[Asked, str]]:
+    """Return every method and budget with every fix; what removes nothing needs none."""
+    return [(one, fix) for one in asked for fix in (FIXES if one.budget else FIXES[:1])]
 
 
 def fixed(plain: dict[str, Any], fix: str, samples: Sequence[Sample]) -> Recipe:

@@ -36,15 +36,24 @@ def kept_shares(cache: Cache, samples: Sequence[Sample]) -> list[dict[str, float
 
     A mean over layers and heads; "document" is everything after the instructions.
     """
+    seen = cache.session.layers[0].store.seen
+    return [
+        shares(
+            cache,
+            row,
+            {**instruction_spans(made), "document": (system_span(made)[1], int(seen[row]))},
+        )
+        for row, made in enumerate(samples)
+    ]
+
+
+def shares(cache: Cache, row: int, spans: Mapping[str, Span]) -> dict[str, float]:
+    """Return the share of each span's slots that a row still holds, over layers and heads.
+
+    Empty spans are left out.
+    """
     stores = [layer.store for layer in cache.session.layers]
-    found = []
-    for row, made in enumerate(samples):
-        spans: Mapping[str, Span] = {
-            **instruction_spans(made),
-            "document": (system_span(made)[1], int(stores[0].seen[row])),
-        }
-        found.append({name: _share(stores, row, span) for name, span in spans.items()})
-    return found
+    return {name: _share(stores, row, span) for name, span in spans.items() if span[0] < span[1]}
 
 
 def _share(stores: Sequence, row: int, span: Span) -> float:

@@ -38,7 +38,8 @@ def check_template(tokenizer: Any, name: str) -> None:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise HarnessError(
-            f"{name} has no chat template: leave out --chat, or use the instruction-tuned model."
+            f"{name} has no chat template: use the instruction-tuned model (or leave out --chat, "
+            "where there is one)."
         )
 
 

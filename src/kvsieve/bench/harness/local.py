@@ -1,4 +1,4 @@
-"""GSM8K, MATH-500 and IFEval from files in a folder: the harness's own tasks, our own data."""
+"""Files of examples in a folder; GSM8K, MATH-500 and IFEval: the harness's own tasks, our data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from kvsieve.bench.harness.checks import HarnessError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Local:
+class DataFile:
+    """A file with one JSON object a line; ``fields``: what each must have, with its type."""
+
+    file: str
+    fields: dict[str, type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(DataFile):
     """A task whose examples lie in a file.
 
     ``base``: the harness's task that says how to ask and to score; ``split``: the split that it
-    tests on; ``fields``: what every line must have, with its type; ``metric``: the score of a row.
+    tests on; ``metric``: the score of a row.
     """
 
-    file: str
     base: str
     split: str
-    fields: dict[str, type]
     metric: str
 
 
@@ -52,8 +58,8 @@ LOCAL = {
 """The tasks that ``--data`` brings, by the names of ``--tasks``."""
 
 
-def read(task: Local, folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return a task's examples and a short hash of its file.
+def read(task: DataFile, folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return a file's lines, with its fields alone, and a short hash of it.
 
     Raises:
         HarnessError: no such file; a line that is no JSON object, or lacks a field.
@@ -74,7 +80,7 @@ def read(task: Local, folder: Path) -> tuple[list[dict[str, Any]], str]:
     return rows, hashlib.sha256(data).hexdigest()[:16]
 
 
-def _row(task: Local, path: Path, number: int, line: str) -> dict[str, Any]:
+def _row(task: DataFile, path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

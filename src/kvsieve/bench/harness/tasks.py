@@ -43,8 +43,8 @@ def library(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise HarnessError(
-            f"Public benchmarks need lm-evaluation-harness ({error.name} is missing): "
-            "pip install 'kvsieve[harness]'."
+            f"This needs lm-evaluation-harness ({error.name} is missing): `make harness` in a "
+            "checkout, else pip install 'kvsieve[harness]'."
         ) from error
 
 

@@ -66,9 +66,10 @@ def _overview(results: Results, audit: Sequence[audits.Row]) -> Iterator[str]:
     for name, table in depths.by_depth(found):
         yield f"\n### By depth: {escape(name)}\n"
         yield from _table(table)
-    if audit:
-        yield "\n### Audit\n"
-        yield from _table(audits.table(audit))
+    found = audits.tables(audit)
+    for name, table in found:
+        yield "\n### Audit" + (f": {escape(name)}\n" if len(found) > 1 else "\n")
+        yield from _table(table)
 
 
 def _lines(results: Results, audit: Sequence[audits.Row]) -> Iterator[str]:

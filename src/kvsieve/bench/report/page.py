@@ -36,7 +36,8 @@ def render(
         matrices=summary.matrices(found),
         winners=summary.winners(found),
         depths=depths.by_depth(found),
-        audit=audits.table(audit) if audit else None,
+        audits=audits.tables(audit),
+        chat=any(map(audits.is_chat, audit)),
         kept=traces.table(kept) if kept else None,
         pictures=[(traces.title(row), Markup(traces.picture(row))) for row in kept],
         others={
