@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import kvsieve
-from kvsieve.bench.harness import sentences, sweep, tasks
+from kvsieve.bench.harness import ruler, sentences, sweep, tasks
 from kvsieve.bench.harness.answering import Sieved, Written
 from kvsieve.bench.harness.checks import HarnessError
 from kvsieve.bench.harness.grading import gsm8k_answer, same_answer
@@ -244,6 +244,62 @@ def test_tasks_of_the_hub_say_what_is_missing_offline() -> None:
         tasks.load(["gsm8kk"], FIXTURES, None)
 
 
+@needs_harness
+def test_ruler_is_made_of_the_models_own_tokens() -> None:
+    own = byte_model.tokenizer()
+    found = tasks.load(["niah_single_1_4k", "niah_single_1_8k"], None, None, own)
+    assert [(x.name, x.metric) for x in found] == [
+        ("niah_single_1_4k", "4096"), ("niah_single_1_8k", "8192"),
+    ]  # fmt: skip
+    for loaded, length in zip(found, (4096, 8192), strict=True):
+        assert loaded.facts["max_seq_length"] == length and len(loaded.task.eval_docs) == 500
+        for doc in loaded.task.eval_docs.select(range(9)):
+            assert length * 0.6 < doc["length"] <= length
+            assert doc["length"] == len(own(doc["input"])["input_ids"]) + 128
+    docs = found[1].task.eval_docs.select(range(3))
+    answers = {doc["input"][-200:]: doc["outputs"][0] for doc in docs}
+
+    def reply(prompt: str) -> str:
+        told = next(value for end, value in answers.items() if end in prompt)
+        return "no idea" if told == docs[0]["outputs"][0] else f"It is {told}."
+
+    outcome = tasks.evaluate(scripted(reply), found[1], 3, chat=False)
+    assert outcome.metric == "8192,none" and outcome.values == [0.0, 1.0, 1.0]
+    assert list(outcome.scores) == ["8192,none"]
+
+
+@needs_harness
+def test_groups_of_the_hub_are_named_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HarnessError, match=r"hides its needles .* go: niah_single_1, "):
+        tasks.load(["ruler_4k"], None, None, byte_model.tokenizer())
+    with pytest.raises(HarnessError, match=r"'longbench' .its data is on the Hugging Face Hub"):
+        tasks.load(["longbench"], None, None)
+    with pytest.raises(HarnessError, match=r"gsm8k_test\.jsonl in --data DIR would do"):
+        tasks.load(["gsm8k"], None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("ruler_4k", (ruler.MEMBERS, 4096)),
+        ("ruler", (ruler.MEMBERS, 4096)),
+        ("ruler_vt_128k", (("ruler_vt",), 131072)),
+        ("ruler_xt_4k", None),
+        ("gsm8k", None),
+        ("longbench", None),
+    ],
+)
+def test_names_of_ruler(name: str, found: Any) -> None:
+    assert ruler.parse(name) == found
+    with pytest.raises(HarnessError, match=r"Possible: ruler_4k, .* ruler_128k"):
+        ruler.parse("ruler_5k")
+
+
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {name!r}", name="lm_eval")
@@ -307,6 +363,43 @@ def test_all_three_run_from_files_and_resume(folder: str, tmp_path: Path) -> Non
     assert after[-1]["values"] == rows[-1]["values"]
     other = call(*options, "--json", "--seed", "1", "--tasks", "gsm8k", "--methods", "full")
     assert other.exit_code == 0 and len(read(path, "tasks", 1)) == 10
+
+
+@needs_harness
+def test_quality_runs_public_tasks_with_a_model(folder: str, tmp_path: Path) -> None:
+    options = (
+        *("--model", folder, "--tasks", "gsm8k,ifeval", "--data", str(FIXTURES), "--limit", "1"),
+        *("--methods", "full,knorm", "--budgets", "40,60", "--max-new-tokens", "3"),
+        *("--fewshot", "0", "--out", str(tmp_path)),
+    )
+    done = CliRunner().invoke(app, ["bench", "quality", *options])
+    assert done.exit_code == 0, done.stderr
+    rows = read(tmp_path / sweep.FILE, "tasks", 1)
+    wanted = [("full", None), ("knorm", "40"), ("knorm", "60")]
+    assert [(r["task"], r["method"], r["budget"]) for r in rows] == [
+        (task, *cell) for task in ("gsm8k", "ifeval") for cell in wanted
+    ]
+    again = call(*options, "--json")
+    assert again.exit_code == 0 and again.stdout == "", "the same rows under the other name"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "gsm8k"], "--tasks gsm8k: public benchmarks are in English"),
+        (["--tasks", "retrieval,ruler_4k"], "--tasks ruler_4k: public benchmarks"),
+        (["--model", "MODEL"], "--tasks all: the reference model's tasks"),
+        (["--model", "MODEL", "--tasks", "gsm8k,retrieval"], "--tasks retrieval: the reference"),
+        (["--model", "MODEL", "--tasks", "gsm8k", "--length", "99"], "--length is for the ref"),
+        (["--model", "MODEL", "--tasks", "gsm8k", "--quick"], "leave it out with --model"),
+        (["--tasks", "retrieval", "--limit", "3"], "--limit is for public benchmarks"),
+        (["--tasks", "retrieval", "--chat"], "name a --model"),
+    ],
+)
+def test_quality_mixes_no_kinds_of_tasks(folder: str, options: list[str], said: str) -> None:
+    named = (folder if option == "MODEL" else option for option in options)
+    done = CliRunner().invoke(app, ["bench", "quality", *named])
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split())
 
 
 @needs_harness

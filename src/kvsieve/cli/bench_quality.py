@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvsieve.cli import bench_options as g
+from kvsieve.cli import bench_tasks as t
+from kvsieve.cli import options as o
 from kvsieve.cli import sweeps as s
 from kvsieve.cli.cells import gather
 from kvsieve.cli.guard import BadInput
@@ -17,8 +20,11 @@ from kvsieve.cli.output import console, table
 from kvsieve.cli.quality_peer import peer_rows, print_beside
 from kvsieve.cli.sweeps import Row
 
+if TYPE_CHECKING:
+    from kvsieve.bench.quality.plan import Plan
+
 _GRID = "Grid"
-BUDGETS = "5%,10%,25%,50%"
+BUDGETS, LENGTH, N = "5%,10%,25%,50%", 1024, 20
 QUICK = {
     "tasks": ("retrieval", "instructions", "reasoning"),
     "budgets": ("25%",),
@@ -31,7 +37,12 @@ def quality(
     methods: s.Methods = "all",
     budgets: s.Budgets = BUDGETS,
     tasks: Annotated[
-        str, typer.Option(help="Kinds of `kvsieve sample`, or all.", rich_help_panel=_GRID)
+        str,
+        typer.Option(
+            help="Kinds of `kvsieve sample`, or all. With --model: gsm8k, math500, ifeval, "
+            "longbench, ruler_4k (8k, ... 128k), or other names of lm-evaluation-harness.",
+            rich_help_panel=_GRID,
+        ),
     ] = "all",
     settings: Annotated[
         str,
@@ -39,8 +50,8 @@ def quality(
             help="query-aware, query-agnostic (chains: decode), or all.", rich_help_panel=_GRID
         ),
     ] = "all",
-    length: s.Length = 1024,
-    n: s.Number = 20,
+    length: s.Length = LENGTH,
+    n: s.Number = N,
     seed: s.Seed = 0,
     quick: Annotated[
         bool,
@@ -48,25 +59,56 @@ def quality(
             "--quick", help="Three tasks of 256 tokens, 8 prompts each, at 25%: a first look."
         ),
     ] = False,
-    batch: s.Batch = 10,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts answered at once; otherwise 10, with --model 1.", show_default=False
+        ),
+    ] = None,
     threads: s.Threads = None,
     reference: s.Reference = None,
     peer_python: g.PeerPython = None,
     peer_only: g.PeerOnly = False,
+    model: o.Model = None,
+    data: t.Data = None,
+    limit: t.Limit = None,
+    fewshot: t.Fewshot = None,
+    chat: o.Chat = False,
+    max_new_tokens: t.MaxNewTokens = None,
+    dtype: o.DType = "auto",
+    device: o.Device = "auto",
     out: s.Out = None,
     json: s.Json = False,
 ) -> None:
     """Answer the reference model's tasks under every method and budget, next to the full cache.
 
-    Rows go to OUT/quality.jsonl; `kvsieve report OUT` makes a page of them. Exit code 1 if a cell
-    failed; its row says why. Recipes that kvsieve refuses, such as a budget below what a method
-    protects, are listed apart.
+    With --model, public benchmarks as `bench tasks` runs them (extra: kvsieve[harness]). Rows go to
+    OUT/quality.jsonl (public ones: tasks.jsonl); `kvsieve report OUT` makes a page of them. Exit
+    code 1 if a cell failed; its row says why. Recipes that kvsieve refuses, such as a budget below
+    what a method protects, are listed apart.
     """
+    own = {
+        "--settings": settings != "all", "--length": length != LENGTH, "--n": n != N,
+        "--quick": quick, "--peer-python": peer_python is not None,
+        "--peer-only": peer_only, "--reference": reference is not None,
+    }  # fmt: skip
+    public = {
+        "--data": data is not None, "--limit": limit is not None, "--chat": chat,
+        "--fewshot": fewshot is not None, "--max-new-tokens": max_new_tokens is not None,
+        "--dtype": dtype != "auto", "--device": device != "auto",
+    }  # fmt: skip
+    check_kind(s.items(tasks, "--tasks"), model, own, public)
+    if model is not None:
+        t.measure_public(
+            t.Public(
+                tasks=tasks, model=model, methods=methods, budgets=budgets, data=data, limit=limit,
+                fewshot=fewshot, chat=chat, max_new_tokens=max_new_tokens, batch=batch or 1,
+                dtype=dtype, device=device, seed=seed, threads=threads, out=out, json=json,
+            )
+        )  # fmt: skip
+        return
     s.set_threads(threads)
-    from kvsieve.bench.quality import rows as q
     from kvsieve.bench.quality.plan import SETTINGS, TASKS, Plan
-    from kvsieve.bench.quality.sweep import measure
-    from kvsieve.reference import load
 
     plan = Plan(
         methods=s.named_methods(methods),
@@ -76,15 +118,25 @@ def quality(
         length=length,
         n=n,
         seed=seed,
-        batch=batch,
+        batch=10 if batch is None else batch,
         reference=reference,
     )
     if peer_only and peer_python is None:
         raise BadInput("--peer-only needs --peer-python: a Python that has kvpress.")
     if quick:
-        if (tasks, budgets, length, n) != ("all", BUDGETS, 1024, 20):
+        if (tasks, budgets, length, n) != ("all", BUDGETS, LENGTH, N):
             raise BadInput("--quick sets --tasks, --budgets, --length and --n: leave them out.")
         plan = dataclasses.replace(plan, **QUICK)  # type: ignore[arg-type]
+    _measure_own(plan, out, json, peer_python, peer_only)
+
+
+def _measure_own(
+    plan: Plan, out: Path | None, json: bool, peer_python: str | None, peer_only: bool
+) -> None:
+    from kvsieve.bench.quality import rows as q
+    from kvsieve.bench.quality.sweep import measure
+    from kvsieve.reference import load
+
     path = s.rows_file(out, q.FILE)
     wanted = [q.identity(plan, *cell, asked) for cell in plan.cells() for asked in plan.asked()]
 
@@ -103,6 +155,36 @@ def quality(
             print_beside([*found, *theirs])
         found += theirs
     s.tell(found, lambda row: f"{row['task']} {row['setting']}, {row['method']} {row['budget']}")
+
+
+def check_kind(
+    names: Sequence[str], model: str | None, own: Mapping[str, bool], public: Mapping[str, bool]
+) -> None:
+    """Check that tasks and options (those that were given) are for this kind of model.
+
+    Raises:
+        BadInput: the reference model's tasks with another model, or public ones without.
+    """
+    from kvsieve.bench.harness.local import LOCAL
+    from kvsieve.bench.harness.ruler import parse
+    from kvsieve.bench.quality.plan import TASKS
+
+    foreign, given = (own, "leave it out with --model") if model else (public, "name a --model")
+    for option in (option for option, asked in foreign.items() if asked):
+        of = "the reference model's tasks" if model else "public benchmarks"
+        raise BadInput(f"{option} is for {of}: {given}.")
+    for name in names:
+        if model is not None and name in (*TASKS, "all"):
+            raise BadInput(
+                f"--tasks {name}: the reference model's tasks are made of its own words, which "
+                "other models don't know. With --model name public ones: gsm8k, math500, ifeval, "
+                "longbench, ruler_4k, or others of lm-evaluation-harness."
+            )
+        if model is None and (name in LOCAL or name.startswith("longbench") or parse(name)):
+            raise BadInput(
+                f"--tasks {name}: public benchmarks are in English, which the reference model "
+                "doesn't speak: name a --model."
+            )
 
 
 def _print(group: list[Row]) -> None:

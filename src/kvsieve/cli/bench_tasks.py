@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvsieve.cli import cells
+from kvsieve.cli import cells, subjects
 from kvsieve.cli import options as o
 from kvsieve.cli import sweeps as s
 from kvsieve.cli.guard import BadInput
@@ -20,7 +21,8 @@ _DATA, _PROMPT = "Data", "Prompt"
 Tasks = Annotated[
     str,
     typer.Option(
-        help="gsm8k, math500, ifeval, or names of lm-evaluation-harness; commas between.",
+        help="gsm8k, math500, ifeval, longbench, ruler_4k (8k, ... 128k), or other names of "
+        "lm-evaluation-harness; commas between.",
         rich_help_panel=_DATA,
         show_default=False,
     ),
@@ -80,73 +82,109 @@ def tasks(
     Needs the extra: pip install 'kvsieve[harness]'. Rows go to OUT/tasks.jsonl. Exit code 1 if a
     cell failed; its row says why.
     """
-    s.set_threads(threads)
+    measure_public(
+        Public(
+            tasks=tasks, model=model, methods=methods, budgets=budgets, data=data, limit=limit,
+            fewshot=fewshot, chat=chat, max_new_tokens=max_new_tokens, batch=batch, dtype=dtype,
+            device=device, seed=seed, threads=threads, out=out, json=json,
+        )
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Public:
+    """What was asked for on the command line."""
+
+    tasks: str
+    model: str | None
+    methods: str
+    budgets: str
+    data: Path | None
+    limit: int | None
+    fewshot: int | None
+    chat: bool
+    max_new_tokens: int | None
+    batch: int
+    dtype: str
+    device: str
+    seed: int
+    threads: int | None
+    out: Path | None
+    json: bool
+
+    def check(self) -> None:
+        """Check numbers, and that there is a model.
+
+        Raises:
+            BadInput: with the option.
+        """
+        counts = {
+            "--limit": self.limit,
+            "--max-new-tokens": self.max_new_tokens,
+            "--batch": self.batch,
+        }
+        for option, count in counts.items():
+            if count is not None and count < 1:
+                raise BadInput(f"{option} {count}: it must be 1 or more.")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise BadInput(f"--fewshot {self.fewshot}: it can't be negative.")
+        if self.model is None:
+            raise BadInput(
+                "Public benchmarks are in English, which the reference model doesn't speak: name a "
+                "--model."
+            )
+
+
+def measure_public(public: Public) -> None:
+    """Run public benchmarks; rows go to OUT/tasks.jsonl.
+
+    Tasks are loaded before the model: what the hub lacks is found out first.
+    """
+    s.set_threads(public.threads)
     from kvsieve.bench.harness import sweep as h
     from kvsieve.bench.harness.tasks import load
     from kvsieve.bench.quality.plan import every
     from kvsieve.bench.quality.rows import read
 
-    counts = {"--limit": limit, "--max-new-tokens": max_new_tokens, "--batch": batch}
-    for option, count in counts.items():
-        if count is not None and count < 1:
-            raise BadInput(f"{option} {count}: it must be 1 or more.")
-    if fewshot is not None and fewshot < 0:
-        raise BadInput(f"--fewshot {fewshot}: it can't be negative.")
-    if model is None:
-        raise BadInput(
-            "Public benchmarks are in English, which the reference model doesn't speak: name a "
-            "--model."
-        )
-    asked = every(s.named_methods(methods), s.items(budgets, "--budgets"))
-    path = s.rows_file(out, h.FILE)
+    public.check()
+    asked = every(s.named_methods(public.methods), s.items(public.budgets, "--budgets"))
+    path = s.rows_file(public.out, h.FILE)
     known = read(path, h.KIND, h.VERSION) if path else []
-    loaded = load(s.items(tasks, "--tasks"), data, fewshot)
-    opened, weights = _open(model, dtype, device, chat)
-    sweep = _sweep(
-        opened, weights, model, loaded, asked,
-        chat=chat, batch=batch, limit=limit, max_new_tokens=max_new_tokens, seed=seed,
-    )  # fmt: skip
-    prompts = max(min(limit or n, n) for n in (len(one.task.eval_docs) for one in loaded))
+    opened = subjects.opened(str(public.model), public.dtype, public.device, public.chat)
+    named = s.items(public.tasks, "--tasks")
+    loaded = load(named, public.data, public.fewshot, opened.tokenizer)
+    model = subjects.weights(opened)
+    sweep = _sweep(public, opened, model, loaded, asked)
+    sizes = (len(one.task.eval_docs) for one in loaded)
+    prompts = max(min(public.limit or n, n) for n in sizes)
 
     def measure(done: Any, note: Any) -> Any:
-        return h.measure(sweep, weights, opened.tokenizer, opened.context, done, note)
+        return h.measure(sweep, model, opened.tokenizer, opened.context, done, note)
 
-    found = cells.gather(path, known, sweep.identities(), h.key, measure, prompts, json)
-    cells.finish(found, json, _show)
-
-
-def _open(name: str, dtype: str, device: str, chat: bool) -> tuple[Any, Any]:
-    """Load a model, and check that it and its tokenizer can be asked."""
-    from kvsieve.bench.harness import checks
-    from kvsieve.cli.models import Choice
-
-    opened = Choice.read(name, dtype, device).open()
-    if chat:
-        checks.check_template(opened.tokenizer, opened.name)
-    model = opened.weights()
-    checks.check_vocabulary(model, opened.tokenizer)
-    return opened, model
+    cells_of = sweep.identities()
+    found = cells.gather(path, known, cells_of, h.key, measure, prompts, public.json)
+    cells.finish(found, public.json, _show)
 
 
-def _sweep(
-    opened: Any, model: Any, name: str, loaded: Any, asked: Any, *, chat: bool, **settings: Any
-) -> Any:
+def _sweep(public: Public, opened: Any, model: Any, loaded: Any, asked: Any) -> Any:
     from kvsieve.bench.asked import adapted
     from kvsieve.bench.harness import checks
     from kvsieve.bench.harness import sweep as h
-    from kvsieve.bench.ledger import Subject
     from kvsieve.cli.settings import with_request
 
-    folder = Path(name) if Path(name).is_dir() else None
+    chat = public.chat
     return h.Sweep(
-        subject=Subject.of(opened.name, model, folder),
+        subject=subjects.subject(opened, model),
         tasks=loaded,
         asked=adapted(asked, lambda recipe: with_request(recipe, opened.tokenizer)),
         settings=h.Settings(
             chat=chat,
             template=checks.template_hash(opened.tokenizer) if chat else None,
             ends=checks.end_tokens(model, opened.tokenizer, chat),
-            **settings,
+            batch=public.batch,
+            limit=public.limit,
+            max_new_tokens=public.max_new_tokens,
+            seed=public.seed,
         ),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from kvsieve.bench.harness import ruler
 from kvsieve.bench.harness.checks import HarnessError
 from kvsieve.bench.harness.grading import gsm8k_answer, same_answer
 from kvsieve.bench.harness.local import LOCAL, Local, read
@@ -54,11 +55,14 @@ def _manager() -> Any:
     return library("lm_eval.tasks").TaskManager()
 
 
-def load(names: Sequence[str], data: Path | None, fewshot: int | None) -> list[Loaded]:
+def load(
+    names: Sequence[str], data: Path | None, fewshot: int | None, tokenizer: Any = None
+) -> list[Loaded]:
     """Load tasks by name; groups of the harness become their tasks.
 
     ``data``: the folder of the tasks in ``LOCAL``, which are taken from there alone; None: those
     too come from the hub. ``fewshot``: examples in the prompt, in place of the task's own number.
+    ``tokenizer``: the model's, of which RULER makes prompts.
 
     Raises:
         HarnessError: an unknown task, a missing file or field, or data that can't be loaded.
@@ -67,12 +71,14 @@ def load(names: Sequence[str], data: Path | None, fewshot: int | None) -> list[L
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     library("datasets").disable_progress_bars()
     for name in names:
-        if name not in LOCAL and name not in manager.all_tasks:
+        if not (name in LOCAL or ruler.parse(name) or name in manager.all_tasks):
             raise HarnessError(f"Unknown task {name!r}. {_near(name, manager.all_tasks)}")
     found: list[Loaded] = []
     for name in dict.fromkeys(names):
         if name in LOCAL:
             found.append(_local(manager, name, LOCAL[name], data))
+        elif ruler.parse(name):
+            found += _ruler(manager, name, tokenizer)
         else:
             found += _by_name(manager, name)
     for loaded in found:
@@ -92,7 +98,7 @@ def _set_fewshot(loaded: Loaded, asked: int | None) -> None:
 
 def _near(name: str, known: Sequence[str]) -> str:
     """Near matches only: the harness has thousands of names."""
-    hint = choices(name, [*known, *LOCAL]).partition("Possible:")[0].strip()
+    hint = choices(name, [*known, *LOCAL, "ruler_4k"]).partition("Possible:")[0].strip()
     return hint or f"From --data: {', '.join(LOCAL)}; the harness's own: `lm-eval ls tasks`."
 
 
@@ -104,9 +110,7 @@ def _local(manager: Any, name: str, local: Local, data: Path | None) -> Loaded:
     if data is not None:
         rows, digest = read(local, data)
         facts["data_sha256"] = digest
-        # The harness takes a name or a whole configuration, none that completes another.
-        path = manager.task_index[local.base].yaml_path
-        spec = library("lm_eval.tasks._yaml_loader").load_yaml(path, resolve_func=True)
+        spec = _config(manager, local.base)
         spec = {n: x for n, x in spec.items() if n not in ("tag", "training_split")}
         spec["custom_dataset"] = _dataset(local.split, rows)
     task = _load(manager, spec, name)[local.base]
@@ -118,6 +122,27 @@ def _dataset(split: str, rows: list[dict[str, Any]]) -> Any:
         return {split: library("datasets").Dataset.from_list(rows)}
 
     return made
+
+
+def _ruler(manager: Any, name: str, tokenizer: Any) -> list[Loaded]:
+    parsed = ruler.parse(name)
+    assert parsed is not None and tokenizer is not None, "a task of RULER, with a tokenizer"
+    leaves, length = parsed
+    made = []
+    with ruler.making(leaves, tokenizer):
+        for leaf in leaves:
+            config = _config(manager, leaf)
+            task = _load(manager, ruler.spec(config, length, tokenizer), name)[leaf]
+            facts = {"harness_task": leaf, "data_sha256": None, "max_seq_length": length}
+            shown = f"{leaf}_{length // 1024}k"
+            made.append(Loaded(name=shown, task=task, metric=str(length), facts=facts))
+    return made
+
+
+def _config(manager: Any, name: str) -> dict[str, Any]:
+    """Return a task's whole configuration: the harness completes none that is given in part."""
+    path = manager.task_index[name].yaml_path
+    return library("lm_eval.tasks._yaml_loader").load_yaml(path, resolve_func=True)
 
 
 def _by_name(manager: Any, name: str) -> list[Loaded]:
@@ -134,7 +159,10 @@ def _load(manager: Any, spec: Any, name: str) -> dict[str, Any]:
         return manager.load([spec])["tasks"]
     except (OSError, ConnectionError, ImportError, LookupError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise HarnessError(f"Can't load the task {name!r}: {reason}") from error
+        hint = f"; {LOCAL[name].file} in --data DIR would do" if name in LOCAL else ""
+        raise HarnessError(
+            f"Can't load the task {name!r} (its data is on the Hugging Face Hub{hint}): {reason}"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +196,11 @@ def evaluate(lm: Any, loaded: Loaded, limit: int | None, chat: bool) -> Outcome:
     scores = {
         key: float(value)
         for key, value in done["results"][name].items()
-        if isinstance(value, int | float) and "_stderr" not in key and "," in key
+        if isinstance(value, int | float)
+        and "_stderr" not in key
+        and "," in key
+        # RULER's lengths that were not asked for.
+        and not (key.partition(",")[0].isdigit() and value == -1)
     }
     samples = done["samples"][name]
     if loaded.name == "gsm8k":
