@@ -48,9 +48,10 @@ format: .venv/.ready ## rewrite files in the project's format
 bench: .venv/.ready ## speed rows side by side (slow; see `kvsieve bench speed --help`)
 	$(BIN)/kvsieve bench speed --out benchmarks/speed.jsonl
 
-harness: .venv/.ready ## add lm-evaluation-harness for `kvsieve bench tasks` (0.6 GB), and test it
+harness: .venv/.ready ## add lm-evaluation-harness for public benchmarks and chat models (0.7 GB), and test it
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e ".[harness]"
-	$(BIN)/python -m pytest -q tests/bench/test_harness.py tests/bench/test_harness_model.py
+	$(BIN)/python -m pytest -q tests/bench/test_harness.py tests/bench/test_harness_model.py \
+	  tests/bench/test_audit_chat.py
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

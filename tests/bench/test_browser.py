@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvsieve.bench.report import audits, reading
+from kvsieve.bench.report import audits, public, reading, speed
 from kvsieve.cli import app
 
 from .test_report import ROWS
-from .test_summary import audited, scored
+from .test_summary import asked, audited, scored, timed
 
 selenium = pytest.importorskip("selenium", reason="needs selenium to drive a browser")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -36,6 +36,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / reading.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     audit = [audited(), audited("fair", begin=1.0)]
     (folder / audits.FILE).write_text("".join(json.dumps(row) + "\n" for row in audit))
+    (folder / speed.FILE).write_text(json.dumps(timed()) + "\n")
+    (folder / public.FILE).write_text(json.dumps(asked("snapkv", 0.5)) + "\n")
     made = folder / "page.html"
     done = CliRunner().invoke(app, ["report", str(folder), "-o", str(made)])
     assert done.exit_code == 0, done.output
@@ -82,7 +84,7 @@ def test_it_renders_without_a_word_on_the_console(opened: Any) -> None:
     assert opened.get_log("browser") == []
     figures = all_of(opened, "figure svg")
     assert figures and all(f.size["width"] > 200 and f.size["height"] > 100 for f in figures)
-    for name in ("overview", "depth", "audit", "origin", "glossary"):
+    for name in ("overview", "depth", "audit", "speed", "public", "origin", "glossary"):
         assert all_of(opened, f"#{name}"), name
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from kvsieve.bench.report import audits, depths, others, reading, summary
+from kvsieve.bench.report import (
+    aggregate,
+    audits,
+    depths,
+    others,
+    public,
+    reading,
+    speed,
+    summary,
+)
 from kvsieve.bench.report.aggregate import front, sections
 from kvsieve.bench.report.check import ResultsError
 from kvsieve.cli import app
@@ -153,3 +162,90 @@ def test_fidelity_rows_become_a_table(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     done = CliRunner().invoke(app, ["report", str(tmp_path), "-o", str(page)])
     assert done.exit_code == 0 and "Fidelity" in page.read_text()
+
+
+def timed(method: str = "snapkv", **changes: Any) -> Any:
+    return {
+        "kind": "speed", "version": 1, "engine": "transformers", "method": method, "budget": 0.1,
+        "options": {}, "model": "m", "context": 2048, "batch": 1, "dtype": "float32",
+        "device": "cpu", "threads": 2, "steps": 8, "cpu": "c x2", "prefill_ratio": 1.1,
+        "prefill_compress_share": 0.05, "decode_compress_share": None, "bytes_full": 200,
+        "bytes_kept": 30, "tokens_per_second": 40.25, "ratio_stock": 1.5, "ratio_short": 0.9,
+        "step_seconds": {"median": 1.0, "min": 0.9}, **changes,
+    }  # fmt: skip
+
+
+def test_speed_rows_become_a_section(tmp_path: Path) -> None:
+    rows = [
+        timed(tokens_per_second=1.0), timed(), timed("full", budget=None, engine="stock"),
+        timed("tova", error="BudgetError"), timed("h2o", step_seconds={"median": 2, "min": 1}),
+        timed(context=512, dtype="bfloat16"),
+    ]  # fmt: skip
+    kept = tmp_path / "elsewhere.jsonl"
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
+    small, large = speed.tables(speed.read(kept))
+    assert small[0].startswith("512 tokens, batch 1, bfloat16: m, cpu, c x2, 2 thread")
+    assert [[cell.text for cell in cells] for cells in large[1].rows] == [
+        ["h2o", "10%", "15.0%", "~40.2", "~1.50", "~0.90", "1.10", "5.0%", "–"],
+        ["snapkv", "10%", "15.0%", "40.2", "1.50", "0.90", "1.10", "5.0%", "–"],
+    ]
+    page = tmp_path / "page.html"
+    (tmp_path / reading.FILE).write_text(json.dumps(scored("tova", 500, 0.6)) + "\n")
+
+    def made(*options: str) -> Any:
+        return CliRunner().invoke(app, ["report", str(tmp_path), "-o", str(page), *options])
+
+    assert made().exit_code == 0 and 'id="speed"' not in page.read_text()
+    assert made("--speed", str(kept)).exit_code == 0 and 'id="speed"' in page.read_text()
+    assert "no such file" in made("--speed", "nosuch").stderr
+    (tmp_path / speed.FILE).write_text(kept.read_text())
+    text = tmp_path / "r.md"
+    assert made("--markdown", str(text)).exit_code == 0 and 'id="speed"' in page.read_text()
+    assert "## Speed" in text.read_text()
+    (tmp_path / speed.FILE).write_text(json.dumps(timed(version=2)) + "\n")
+    assert made().exit_code == 2
+
+
+def asked(method: str, score: float, **changes: Any) -> Any:
+    return {
+        "kind": "tasks", "version": 1, "task": "gsm8k", "method": method, "budget": "25%",
+        "recipe": {"method": method}, "model": "m", "weights": "w", "dtype": "float32",
+        "chat": True, "template": "t", "fewshot": 0, "limit": None, "max_new_tokens": None,
+        "harness_task": "gsm8k_cot", "data_sha256": None, "seed": 0, "metric": "math_verify",
+        "n": 8, "score": score, "low": 0.1, "high": 0.9, "answer_tokens": 12.4, "cut": 0.5,
+        "difference": {"mean": -0.25, "low": -0.5, "high": 0.0}, "tokens_per_second": None,
+        "cache": {"bytes_full": 200, "bytes_kept": 50}, "error": None, **changes,
+    }  # fmt: skip
+
+
+def test_public_benchmarks_become_a_section(tmp_path: Path) -> None:
+    rows = [
+        asked("snapkv", 0.1), asked("snapkv", 0.5), asked("full", 0.75, budget=None),
+        asked("knorm", 0.2, difference=None, low=None), asked("full", 0.6, task="math500"),
+        asked("h2o", 0.0, error="failed"),
+    ]  # fmt: skip
+    (tmp_path / public.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (title, table), _ = public.tables(public.read(tmp_path))
+    assert title == "m: gsm8k (math_verify; 8 examples, 0 shown, chat template)"
+    cells = [[cell.text for cell in cells] for cells in table.rows]
+    assert [row[0] for row in cells] == ["full", "knorm", "snapkv"]
+    assert cells[1][3:5] == ["0.200", "–"]
+    assert cells[2][1:] == [
+        "25%", "25.0%", "0.500 [0.100, 0.900]", "-0.250 [-0.500, +0.000]", "12", "50%", "–",
+    ]  # fmt: skip
+    page = tmp_path / "page.html"
+    done = CliRunner().invoke(app, ["report", str(tmp_path), "-o", str(page)])
+    assert done.exit_code == 0 and 'id="public"' in page.read_text()
+
+
+def test_lengths_stand_beside_one_another(tmp_path: Path) -> None:
+    rows = [
+        scored("snapkv", 100, 0.5, length=512), scored("snapkv", 100, 0.25, length=1024),
+        scored("tova", 100, 0.5, length=512),
+    ]  # fmt: skip
+    (tmp_path / reading.FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = aggregate.sections(reading.read(tmp_path).rows)
+    ((name, table),) = depths.by_length(found)
+    assert "kept" in name and list(table.columns) == ["method", "512 tokens", "1024 tokens"]
+    (cells,) = table.rows
+    assert [cell.order for cell in cells] == [None, 0.5, 0.25]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -20,9 +20,6 @@ from kvsieve.cli.output import console, table
 from kvsieve.cli.quality_peer import peer_rows, print_beside
 from kvsieve.cli.sweeps import Row
 
-if TYPE_CHECKING:
-    from kvsieve.bench.quality.plan import Plan
-
 _GRID = "Grid"
 BUDGETS, LENGTH, N = "5%,10%,25%,50%", 1024, 20
 QUICK = {
@@ -33,38 +30,44 @@ QUICK = {
 }
 
 
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="Kinds of `kvsieve sample`, or all. With --model: gsm8k, math500, ifeval, "
+        "longbench, ruler_4k (8k, ... 128k), or other names of lm-evaluation-harness.",
+        rich_help_panel=_GRID,
+    ),
+]
+Settings = Annotated[
+    str,
+    typer.Option(
+        help="query-aware, query-agnostic (chains: decode), or all.", rich_help_panel=_GRID
+    ),
+]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick", help="Three tasks of 256 tokens, 8 prompts each, at 25%: a first look."
+    ),
+]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompts answered at once; otherwise 10, with --model 1.", show_default=False
+    ),
+]
+
+
 def quality(
     methods: s.Methods = "all",
     budgets: s.Budgets = BUDGETS,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Kinds of `kvsieve sample`, or all. With --model: gsm8k, math500, ifeval, "
-            "longbench, ruler_4k (8k, ... 128k), or other names of lm-evaluation-harness.",
-            rich_help_panel=_GRID,
-        ),
-    ] = "all",
-    settings: Annotated[
-        str,
-        typer.Option(
-            help="query-aware, query-agnostic (chains: decode), or all.", rich_help_panel=_GRID
-        ),
-    ] = "all",
+    tasks: Tasks = "all",
+    settings: Settings = "all",
     length: s.Length = LENGTH,
     n: s.Number = N,
     seed: s.Seed = 0,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="Three tasks of 256 tokens, 8 prompts each, at 25%: a first look."
-        ),
-    ] = False,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            help="Prompts answered at once; otherwise 10, with --model 1.", show_default=False
-        ),
-    ] = None,
+    quick: Quick = False,
+    batch: Batch = None,
     threads: s.Threads = None,
     reference: s.Reference = None,
     peer_python: g.PeerPython = None,
@@ -108,31 +111,34 @@ def quality(
         )  # fmt: skip
         return
     s.set_threads(threads)
+    if quick and (tasks, budgets, length, n) != ("all", BUDGETS, LENGTH, N):
+        raise BadInput("--quick sets --tasks, --budgets, --length and --n: leave them out.")
+    plan = _plan(methods, budgets, tasks, settings, length=length, n=n, seed=seed, batch=batch)
+    if quick:
+        plan = dataclasses.replace(plan, **QUICK)
+    _measure_own(dataclasses.replace(plan, reference=reference), peer_python, peer_only, out, json)
+
+
+def _plan(
+    methods: str, budgets: str, tasks: str, settings: str, *, batch: int | None, **numbers: int
+) -> Any:
     from kvsieve.bench.quality.plan import SETTINGS, TASKS, Plan
 
-    plan = Plan(
+    return Plan(
         methods=s.named_methods(methods),
         budgets=tuple(s.items(budgets)),
         tasks=TASKS if tasks == "all" else tuple(s.items(tasks)),
         settings=SETTINGS if settings == "all" else tuple(s.items(settings)),
-        length=length,
-        n=n,
-        seed=seed,
         batch=10 if batch is None else batch,
-        reference=reference,
+        **numbers,
     )
-    if peer_only and peer_python is None:
-        raise BadInput("--peer-only needs --peer-python: a Python that has kvpress.")
-    if quick:
-        if (tasks, budgets, length, n) != ("all", BUDGETS, LENGTH, N):
-            raise BadInput("--quick sets --tasks, --budgets, --length and --n: leave them out.")
-        plan = dataclasses.replace(plan, **QUICK)  # type: ignore[arg-type]
-    _measure_own(plan, out, json, peer_python, peer_only)
 
 
 def _measure_own(
-    plan: Plan, out: Path | None, json: bool, peer_python: str | None, peer_only: bool
+    plan: Any, peer_python: str | None, peer_only: bool, out: Path | None, json: bool
 ) -> None:
+    if peer_only and peer_python is None:
+        raise BadInput("--peer-only needs --peer-python: a Python that has kvpress.")
     from kvsieve.bench.quality import rows as q
     from kvsieve.bench.quality.sweep import measure
     from kvsieve.reference import load

@@ -142,8 +142,13 @@ def sections(rows: Sequence[Row]) -> list[Section]:
     """Return what the page shows, in the order of names and sizes."""
     names = labels(rows)
     fields = ("task", "setting", *SETUP, "task_version", "metric")
-    groups = grouped(rows, lambda row: as_text([row[name] for name in fields]))
+    groups = grouped(rows, lambda row: (foreign(row), as_text([row[name] for name in fields])))
     return [_section(group, names) for group in groups]
+
+
+def foreign(row: Row) -> bool:
+    """Whether a row is another library's, measured for comparison: those come last."""
+    return row["engine"] != "transformers"
 
 
 def _section(rows: Sequence[Row], names: dict[str, str]) -> Section:

@@ -1,12 +1,12 @@
-"""How well something is found by where it stands in the document."""
+"""How well something is found by where it stands in the document, and by how long that is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from kvsieve.bench.intervals import wilson
-from kvsieve.bench.report.aggregate import FULL, Point, Section
-from kvsieve.bench.report.tables import Cell, Table, heading
+from kvsieve.bench.report.aggregate import FULL, Point, Section, score
+from kvsieve.bench.report.tables import Cell, Table, estimate, heading
 
 PARTS = 5
 
@@ -30,6 +30,38 @@ def by_depth(sections: Sequence[Section]) -> list[tuple[str, Table]]:
     return found
 
 
+def by_length(sections: Sequence[Section]) -> list[tuple[str, Table]]:
+    """Return a table for each section and budget of several lengths: shares right, by length."""
+    found = []
+    for section in sections:
+        lengths = [panel.length for panel in section.panels if panel.length is not None]
+        points = {(n, p.budget, p.label): p for n, p in _points(section)}
+        for budget in dict.fromkeys(b for _, b, _ in points if b is not None):
+            names = dict.fromkeys(label for _, b, label in points if b == budget)
+            cells = {
+                name: [points.get((length, budget, name)) for length in lengths] for name in names
+            }
+            several = {
+                name: some for name, some in cells.items() if len(some) - some.count(None) > 1
+            }
+            if several:
+                columns = {"method": False, **{f"{length} tokens": True for length in lengths}}
+                rows = [[Cell(name), *map(_score, some)] for name, some in several.items()]
+                found.append((f"{heading(section)}, {budget} kept", Table(columns, rows)))
+    return found
+
+
+def _points(section: Section) -> list[tuple[int | None, Point]]:
+    return [(panel.length, point) for panel in section.panels for point in panel.points]
+
+
+def _score(point: Point | None) -> Cell:
+    if point is None:
+        return Cell("–")
+    found = score(point.rows)
+    return Cell(estimate(found), found.mean)
+
+
 def _tells(point: Point) -> bool:
     return all(row.get("depth") for row in point.rows)
 
@@ -51,6 +83,6 @@ def _cells(point: Point) -> list[Cell]:
 def _share(marks: Sequence[int]) -> Cell:
     if not marks:
         return Cell("–")
-    score = sum(marks) / len(marks)
+    right = sum(marks) / len(marks)
     low, high = wilson(sum(marks), len(marks))
-    return Cell(f"{score:.2f} [{low:.2f}, {high:.2f}] of {len(marks)}", score)
+    return Cell(f"{right:.2f} [{low:.2f}, {high:.2f}] of {len(marks)}", right)

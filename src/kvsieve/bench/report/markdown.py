@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from kvsieve.bench.report import audits, depths, others, summary, tables, traces
+from kvsieve.bench.report import (
+    audits,
+    depths,
+    others,
+    public,
+    speed,
+    summary,
+    tables,
+    traces,
+)
 from kvsieve.bench.report.aggregate import sections
 from kvsieve.bench.report.reading import Results
 from kvsieve.bench.report.tables import Table
@@ -19,9 +28,19 @@ def render(
     audit: Sequence[audits.Row] = (),
     kept: Sequence[traces.Row] = (),
     fidelity: Sequence[others.Row] = (),
+    tasks: Sequence[public.Row] = (),
+    timed: Sequence[speed.Row] = (),
 ) -> str:
     """Return the tables; equal rows give equal bytes."""
-    return "\n".join([*_lines(results, audit), *_others(results, kept, fidelity)]) + "\n"
+    lines = [*_lines(results, audit), *_others(results, kept, fidelity)]
+    for heading, found in (
+        ("Public benchmarks", public.tables(tasks)),
+        ("Speed", speed.tables(timed)),
+    ):
+        lines += [f"\n## {heading}"] if found else []
+        for name, table in found:
+            lines += [f"\n### {escape(name)}\n", *_table(table)]
+    return "\n".join(lines) + "\n"
 
 
 def overview(
@@ -63,6 +82,9 @@ def _overview(results: Results, audit: Sequence[audits.Row]) -> Iterator[str]:
     if found:
         yield "\n### The best of each\n"
         yield from _table(summary.winners(found))
+    for name, table in depths.by_length(found):
+        yield f"\n### By length: {escape(name)}\n"
+        yield from _table(table)
     for name, table in depths.by_depth(found):
         yield f"\n### By depth: {escape(name)}\n"
         yield from _table(table)

@@ -9,7 +9,17 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from kvsieve.bench.report import audits, depths, others, summary, tables, traces, words
+from kvsieve.bench.report import (
+    audits,
+    depths,
+    others,
+    public,
+    speed,
+    summary,
+    tables,
+    traces,
+    words,
+)
 from kvsieve.bench.report.aggregate import Section, sections
 from kvsieve.bench.report.plots import Style, draw
 from kvsieve.bench.report.reading import Results
@@ -20,9 +30,13 @@ def render(
     audit: Sequence[audits.Row] = (),
     kept: Sequence[traces.Row] = (),
     fidelity: Sequence[others.Row] = (),
+    tasks: Sequence[public.Row] = (),
+    timed: Sequence[speed.Row] = (),
 ) -> str:
-    """Return the page of quality, audit, kept and fidelity rows; equal rows give equal bytes."""
+    """Return the page of all kinds of rows; equal rows give equal bytes."""
     found = sections(results.rows)
+    matrices = summary.matrices(found)
+    cells = [len(matrix.table.rows) * len(matrix.table.columns) for matrix in matrices]
     labels = sorted({label for section in found for label in section.labels})
     styles = {label: Style(number) for number, label in enumerate(labels)}
     environment = Environment(
@@ -33,9 +47,13 @@ def render(
         script=Markup(_file("script.js")),
         words=words,
         sections=[_shown(section, styles, index) for index, section in enumerate(found)],
-        matrices=summary.matrices(found),
+        matrices=matrices,
+        widest=cells.index(max(cells)) if cells else 0,
         winners=summary.winners(found),
         depths=depths.by_depth(found),
+        lengths=depths.by_length(found),
+        public=public.tables(tasks),
+        speed=speed.tables(timed),
         audits=audits.tables(audit),
         chat=any(map(audits.is_chat, audit)),
         kept=traces.table(kept) if kept else None,

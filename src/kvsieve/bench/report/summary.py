@@ -24,7 +24,10 @@ class Matrix:
 def matrices(sections: Sequence[Section]) -> list[Matrix]:
     """Return one matrix per model, engine, length and budget, small budgets first."""
     places = _places(sections)
-    budgets = sorted({place[:-1] for place in places}, key=_order)
+    ours = {_setup(section): not aggregate.foreign(section.head) for section in sections}
+    budgets = sorted(
+        {place[:-1] for place in places}, key=lambda key: (not ours[key[0]], _order(key))
+    )
     return [_matrix(key, [p for p in places if p[:-1] == key], places, sections) for key in budgets]
 
 

@@ -36,6 +36,11 @@ class Table:
         """The places of columns that hold numbers."""
         return {place for place, number in enumerate(self.columns.values()) if number}
 
+    @property
+    def asked(self) -> set[int]:
+        """The places of columns that say what was asked for: their numbers are no results."""
+        return {place for place, name in enumerate(self.columns) if name in ("budget", "of full")}
+
 
 def points(panel: Panel) -> Table:
     """Return the points of a plot; the full cache comes first."""
@@ -130,7 +135,8 @@ def _origin(rows: Sequence[Row], fields: Iterable[str]) -> list[Cell]:
 
 def heading(section: Section) -> str:
     """Return what a section is of."""
-    return f"{section.head['task']}, {section.head['setting']}"
+    whose = f" ({section.head['engine']})" if aggregate.foreign(section.head) else ""
+    return f"{section.head['task']}, {section.head['setting']}{whose}"
 
 
 def setup(section: Section) -> str:

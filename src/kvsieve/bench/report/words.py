@@ -24,13 +24,33 @@ READING = (
 )
 
 OVERVIEW = (
-    "Scores of every method in every task, one budget at a time; the darker, the better. A dash "
+    "Scores of every method in every task, one budget at a time; the bluer, the better. A dash "
     "is a budget that kvsieve refuses for the method, because what it protects fills it."
 )
 
 DEPTH = (
-    "Shares of right answers by where the asked entry stands in the document, from its start to "
-    "its end. A method that keeps only what is recent is right at the end alone."
+    "Shares of right answers (bluer is better), with intervals, by where the asked entry stands "
+    "in the document, from its start to its end. A method that keeps only what is "
+    "recent is right at the end alone."
+)
+
+LENGTH = (
+    "Scores by the length of the document, at the same share of it kept, with their intervals. "
+    "Only methods that were measured at more than one length."
+)
+
+SPEED = (
+    "Tokens written per second, in turns with two stock caches of Transformers: one that holds the "
+    "whole context (× stock: above 1 is faster), and one of a context as short as the budget "
+    "(× short: 1 is all that a smaller cache can gain). Compressing: the share of the time that is "
+    "spent on choosing and removing. Bytes kept include spare room and what a method remembers per "
+    "token. “~”: something else kept the machine busy. A model with random weights is as fast as "
+    "a trained one."
+)
+
+PUBLIC = (
+    "Tasks of lm-evaluation-harness, each method beside the full cache on the same examples. The "
+    "difference is paired, example by example."
 )
 
 KEPT = (
@@ -46,7 +66,8 @@ AUDIT = (
     "with fair eviction, where instructions lose the same share of their slots as the document. "
     "Shares of answers that keep each instruction (by kind and by place in the prompt), and that "
     "tell the secret when asked, or when the answer was begun for the model. Gain: "
-    "half of what the fix adds to instructions kept and half of what it takes from secrets told."
+    "half of what the fix adds to instructions kept and half of what it takes from secrets "
+    "told. Bluer is more: good for what is kept and right, bad for what is told."
 )
 
 CHAT_AUDIT = (
