@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from kvsieve.cli.guard import BadInput
 from kvsieve.cli.output import console, table
 from kvsieve.cli.quality_peer import peer_rows, print_beside
 from kvsieve.cli.sweeps import Row
+
+if TYPE_CHECKING:
+    from kvsieve.bench.quality.plan import Plan
 
 _GRID = "Grid"
 BUDGETS, LENGTH, N = "5%,10%,25%,50%", 1024, 20
@@ -113,15 +116,27 @@ def quality(
     s.set_threads(threads)
     if quick and (tasks, budgets, length, n) != ("all", BUDGETS, LENGTH, N):
         raise BadInput("--quick sets --tasks, --budgets, --length and --n: leave them out.")
-    plan = _plan(methods, budgets, tasks, settings, length=length, n=n, seed=seed, batch=batch)
+    plan = _plan(
+        methods, budgets, tasks, settings,
+        length=length, n=n, seed=seed, batch=batch, reference=reference,
+    )  # fmt: skip
     if quick:
         plan = dataclasses.replace(plan, **QUICK)
-    _measure_own(dataclasses.replace(plan, reference=reference), peer_python, peer_only, out, json)
+    _measure_own(plan, peer_python, peer_only, out, json)
 
 
 def _plan(
-    methods: str, budgets: str, tasks: str, settings: str, *, batch: int | None, **numbers: int
-) -> Any:
+    methods: str,
+    budgets: str,
+    tasks: str,
+    settings: str,
+    *,
+    length: int,
+    n: int,
+    seed: int,
+    batch: int | None,
+    reference: Path | None,
+) -> Plan:
     from kvsieve.bench.quality.plan import SETTINGS, TASKS, Plan
 
     return Plan(
@@ -130,12 +145,15 @@ def _plan(
         tasks=TASKS if tasks == "all" else tuple(s.items(tasks)),
         settings=SETTINGS if settings == "all" else tuple(s.items(settings)),
         batch=10 if batch is None else batch,
-        **numbers,
+        length=length,
+        n=n,
+        seed=seed,
+        reference=reference,
     )
 
 
 def _measure_own(
-    plan: Any, peer_python: str | None, peer_only: bool, out: Path | None, json: bool
+    plan: Plan, peer_python: str | None, peer_only: bool, out: Path | None, json: bool
 ) -> None:
     if peer_only and peer_python is None:
         raise BadInput("--peer-only needs --peer-python: a Python that has kvpress.")
