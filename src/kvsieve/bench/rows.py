@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,26 @@ def key(row: Row, identity: Sequence[str] = IDENTITY) -> str:
 
 def read(path: Path, kind: str = KIND, version: int = VERSION) -> list[Row]:
     """Return a file's rows of a kind; a line that a killed run left unfinished is skipped."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text("utf-8").splitlines():
+    return [row for _, row in parsed(path) if is_of(row, kind, version)]
+
+
+def parsed(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the JSON values of a file with their line numbers (none without the file).
+
+    Lines that a killed run left unfinished are skipped.
+    """
+    text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+    for number, line in enumerate(text.splitlines(), 1):
         try:
-            row = json.loads(line)
+            value = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict) and (row.get("kind"), row.get("version")) == (kind, version):
-            rows.append(row)
-    return rows
+        yield number, value
+
+
+def is_of(row: Any, kind: str, version: int) -> bool:
+    """Return whether a JSON value is a row of that kind and version."""
+    return isinstance(row, dict) and (row.get("kind"), row.get("version")) == (kind, version)
 
 
 def append(path: Path, row: Row) -> None:

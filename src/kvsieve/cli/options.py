@@ -68,6 +68,11 @@ Chat = Annotated[
         rich_help_panel=_PROMPT,
     ),
 ]
+Method = Annotated[str | None, typer.Option(help="See `kvsieve methods`.", rich_help_panel=_METHOD)]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(help="A TOML file with method, budget and options.", rich_help_panel=_METHOD),
+]
 Budget = Annotated[
     str | None,
     typer.Option(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from kvsieve.cli import options as o
@@ -17,16 +14,9 @@ from kvsieve.compose import Recipe
 
 
 def run(
-    method: Annotated[
-        str | None, typer.Option(help="See `kvsieve methods`.", rich_help_panel="Compression")
-    ] = None,
+    method: o.Method = None,
     budget: o.Budget = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            help="A TOML file with method, budget and options.", rich_help_panel="Compression"
-        ),
-    ] = None,
+    recipe: o.RecipeFile = None,
     set_: o.Set = None,
     protect: o.Protect = None,
     prompt: o.Prompt = None,
@@ -45,10 +35,7 @@ def run(
 ) -> None:
     """Generate text under one method: the text goes to stdout, a short report to stderr."""
     prompts.check_generation(max_new_tokens, temperature)
-    if recipe is not None:
-        built = settings.from_file(recipe, method, budget, set_, protect)
-    else:
-        built = settings.single(method, budget, set_ or [], protect or [])
+    built = settings.asked(recipe, method, budget, set_ or [], protect or [])
     choice = Choice.read(model, dtype, device)
     source = prompts.read(
         prompt, prompt_file, sample,

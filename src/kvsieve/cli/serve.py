@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -29,16 +28,9 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def serve(
     ctx: typer.Context,
-    method: Annotated[
-        str | None, typer.Option(help="See `kvsieve methods`.", rich_help_panel="Compression")
-    ] = None,
+    method: o.Method = None,
     budget: o.Budget = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            help="A TOML file with method, budget and options.", rich_help_panel="Compression"
-        ),
-    ] = None,
+    recipe: o.RecipeFile = None,
     set_: o.Set = None,
     protect: o.Protect = None,
     policy: Annotated[
@@ -55,10 +47,7 @@ def serve(
     MODEL is on the Hugging Face Hub or in a folder; without it, the reference model that comes with
     kvsieve is served as "reference". Every other option goes to vLLM's server as it is.
     """
-    if recipe is not None:
-        built = settings.from_file(recipe, method, budget, set_, protect)
-    else:
-        built = settings.single(method, budget, set_ or [], protect or [])
+    built = settings.asked(recipe, method, budget, set_ or [], protect or [])
     model, extra = split_model(ctx.args)
     command = server_command(model, plugin_config(built, policy), extra)
     require_vllm()

@@ -102,6 +102,19 @@ def single(
     return built
 
 
+def asked(
+    file: Path | None,
+    method: str | None,
+    budget: str | None,
+    pairs: Sequence[str],
+    protect: Sequence[str],
+) -> Recipe:
+    """Build the recipe of `--recipe`, or of the other options."""
+    if file is not None:
+        return from_file(file, method, budget, pairs, protect)
+    return single(method, budget, pairs, protect)
+
+
 def from_file(path: Path, *others: object) -> Recipe:
     """Build the recipe of `--recipe`, which says everything itself."""
     if any(others):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -57,22 +56,11 @@ def read(path: Path, kind: str = KIND, version: int = VERSION) -> list[Row]:
         RecipeError: rows of another kind or version, or a file that is none of ours.
     """
     found: list[Row] = []
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        row: Any = _parsed(line)
-        if row is None:
-            continue
-        if not isinstance(row, dict) or (row.get("kind"), row.get("version")) != (kind, version):
+    for number, row in rows.parsed(path):
+        if not rows.is_of(row, kind, version):
             raise RecipeError(
                 f"{str(path)!r}, line {number}, is no row of kind {kind!r}, version {version}. "
                 "Rows of several versions must not be mixed: measure into a new folder."
             )
         found.append(row)
     return found
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return None

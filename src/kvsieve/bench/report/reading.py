@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsieve.bench.report.check import ResultsError, Row, check
+from kvsieve.bench.rows import is_of, parsed
 
 FILE = "quality.jsonl"
 
@@ -101,12 +102,9 @@ def beside(
     """
     path = folder / file
     latest: dict[str, Row] = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], 1):
-        try:
-            row = _printable(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(row, dict) or (row.get("kind"), row.get("version")) != (kind, version):
+    for number, value in parsed(path):
+        row = _printable(value)
+        if not is_of(row, kind, version):
             raise ResultsError(
                 f"{file}, line {number}, is no row of kind {kind!r}, version {version}. "
                 "Measure again into a new folder."
