@@ -24,8 +24,8 @@ READING = (
 )
 
 OVERVIEW = (
-    "Scores of every method in every task, one budget at a time; the bluer, the better. A dash "
-    "is a budget that kvsieve refuses for the method, because what it protects fills it."
+    "Scores of every method in every task, one budget at a time; the bluer, the better. A dash: "
+    "not measured, or a budget that kvsieve refuses, because what the method protects fills it."
 )
 
 DEPTH = (
