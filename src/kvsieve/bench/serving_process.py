@@ -51,15 +51,19 @@ def _longer(load: Load) -> dict[str, Any]:
 
 @dataclass
 class Steps:
-    """What an engine's scheduler did, step by step; ``plain``: seconds of steps that only decode.
+    """What an engine's scheduler did, step by step.
 
-    In a plain step no prompt is read and nothing is compacted.
+    ``plain``: seconds of steps in which no prompt is read and nothing is compacted; ``events`` and
+    ``compacting``: compactions of the other steps in which no prompt is read, and their seconds.
+    What follows a prompt is left out: it grows with the prompt.
     """
 
     scheduler: Any
     running: list[int] = field(default_factory=list)
     free: list[int] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
+    events: int = 0
+    compacting: float = 0.0
     preempted: int = 0
     reading: bool = False
 
@@ -77,11 +81,15 @@ class Steps:
 
         self.scheduler.schedule, self.scheduler._preempt_request = scheduled, counted
 
-    def took(self, seconds: float, compacted: bool) -> None:
-        """Write down a step that has ended."""
+    def took(self, seconds: float, events: int, compacting: float) -> None:
+        """Write down a step that has ended: its seconds, compactions, and the seconds of those."""
         self.running.append(len(self.scheduler.running))
         self.free.append(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
-        if not self.reading and not compacted:
+        if self.reading:
+            return
+        self.events += events
+        self.compacting += compacting
+        if not events:
             self.plain.append(seconds)
 
 
@@ -95,17 +103,16 @@ def _timed(llm: Any, prompts: Sequence[tuple[list[int], int]]) -> dict[str, Any]
     before = TALLY.to_dict()
     start = last = time.perf_counter()
     while engine.has_unfinished_requests():
-        events = TALLY.compactions
+        events, compacting = TALLY.compactions, TALLY.seconds
         for out in engine.step():
             tokens += len(out.outputs[0].token_ids) if out.finished else 0
         now = time.perf_counter()
-        steps.took(now - last, TALLY.compactions > events)
+        steps.took(now - last, TALLY.compactions - events, TALLY.seconds - compacting)
         last = now
     seconds = last - start
     after = TALLY.to_dict()
-    events, compacting = (after[name] - before[name] for name in ("compactions", "seconds"))
     plain = fmean(steps.plain) if steps.plain else None
-    event = compacting / events if events else None
+    event = steps.compacting / steps.events if steps.events else None
     return {
         "steps": len(steps.running),
         "preemptions": steps.preempted,
@@ -115,8 +122,8 @@ def _timed(llm: Any, prompts: Sequence[tuple[list[int], int]]) -> dict[str, Any]
         "output_tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "compactions": events,
-        "compaction_seconds": compacting,
+        "compactions": after["compactions"] - before["compactions"],
+        "compaction_seconds": after["seconds"] - before["seconds"],
         "decode_step_seconds": plain,
         "event_seconds": event,
         "event_in_steps": event / plain if event and plain else None,

@@ -55,7 +55,7 @@ def serve(
     """Serve the same load under several methods: engine steps, preemptions, tokens per second.
 
     Steps and preemptions are the scheduler's and repeat exactly; seconds are this machine's.
-    "event" is what a compaction (one request, all layers) costs, in plain decode steps.
+    "event" is what a compaction while decoding (one request) costs, in plain decode steps.
     """
     from kvsieve.bench import rows
     from kvsieve.bench.serving import IDENTITY, KIND, VERSION, Load, measure
