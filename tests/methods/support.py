@@ -97,6 +97,15 @@ def draw(
     )
 
 
+def long_layer(*, G: int, queries: int, seed: int) -> Layer:
+    """Draw 32k slots of four heads, with the last tokens' queries alone."""
+    made = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(1, 4, 1 << 15, 32, generator=made) for _ in range(2))
+    asked = torch.randn(1, 4, G, queries, 32, generator=made)
+    w_o = torch.randn(4, G, 32, 64, generator=made)
+    return Layer(queries=asked, keys=keys, values=values, w_o=w_o)
+
+
 def from_attention(weights: Sequence[Sequence[float]], values: Sequence[Vector] = ()) -> Layer:
     """Make one head whose last queries attend as given: a row of weights per query, newest last.
 
@@ -139,6 +148,10 @@ class Row:
         """Softmax attention of query t over the slots 0 .. t; zero behind it."""
         logits = [dot(self.q[h][g][t], self.k[h][i]) * self.scale for i in range(t + 1)]
         return softmax(logits) + [0.0] * (self.n - t - 1)
+
+    def attention_to(self, slots: Sequence[int], h: int, g: int, t: int) -> Vector:
+        """Softmax attention of query t over some slots alone, in their order."""
+        return softmax([dot(self.q[h][g][t], self.k[h][i]) * self.scale for i in slots])
 
 
 def rows(layer: Layer) -> list[Row]:
@@ -197,6 +210,23 @@ def neighbours(xs: Vector, i: int, kernel: int) -> Vector:
     """Return the values under a pooling kernel centred on i; zeros beyond the ends."""
     reach = range(i - kernel // 2, i + kernel // 2 + 1)
     return [xs[j] if 0 <= j < len(xs) else 0.0 for j in reach]
+
+
+def pooled(xs: Vector, kernel: int, how: Callable[[Vector], float] = mean) -> Vector:
+    """Pool over neighbours, with zeros beyond the ends."""
+    return [how(neighbours(xs, i, kernel)) for i in range(len(xs))]
+
+
+def window_attention(
+    row: Row, h: int, window: int, kernel: int = 1, how: Callable[[Vector], float] = mean
+) -> Vector:
+    """What the slots before the window get from its queries: their mean, pooled, group mean."""
+    heads = []
+    for g in row.groups:
+        seen = [row.attention(h, g, t) for t in range(row.n - window, row.n)]
+        raw = [mean(a[i] for a in seen) for i in range(row.n - window)]
+        heads.append(pooled(raw, kernel, how))
+    return [mean(x) for x in zip(*heads, strict=True)]
 
 
 def table(layer: Layer, scorer: Scorer, ordinal: int = 0) -> tuple[Step, Store]:

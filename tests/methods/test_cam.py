@@ -12,7 +12,18 @@ from kvsieve.errors import RecipeError
 from kvsieve.sketch import uniform
 
 from .allocations import Allocations
-from .support import Layer, Row, Run, Vector, draw, from_attention, kept, mean, rows, table
+from .support import (
+    Row,
+    Run,
+    Vector,
+    draw,
+    from_attention,
+    kept,
+    long_layer,
+    mean,
+    rows,
+    table,
+)
 
 BUDGET, SPAN = 7, 3
 
@@ -132,19 +143,16 @@ def test_how_often_it_merges() -> None:
 
 
 def test_merging_32k_slots_takes_less_than_the_layer() -> None:
-    made = torch.Generator().manual_seed(6)
-    shape = (1, 4, 1 << 15, 32)
-    keys, values = (torch.randn(shape, generator=made) for _ in range(2))
-    layer = Layer(queries=torch.randn(1, 4, 2, 1, 32), keys=keys, values=values)
+    layer = long_layer(G=2, queries=1, seed=6)
     built = kvsieve.recipe("cam", budget=1000, scorer="tova")
     assert built.scorer is not None
     step, store = table(layer, built.scorer)
-    scores = torch.rand(shape[:3], generator=made)
+    scores = torch.rand(layer.keys.shape[:3])
     store["received"] = scores
     with Allocations([*store.table.tensors(), scores]) as made_here:
         built.compressor.compress(step, store, scores, torch.full((1, 4), 1000))
     assert store.counts.tolist() == [[1000] * 4]
-    assert made_here.peak <= 4 * (keys.numel() + values.numel())
+    assert made_here.peak <= 4 * (layer.keys.numel() + layer.values.numel())
 
 
 @pytest.mark.parametrize("wrong", [{"scorer": "keydiff"}, {"span": 0}], ids=str)

@@ -18,7 +18,6 @@ from kvsieve.prediction import Confidence, Prediction
 
 from .support import Layer, Row, Run, draw, mean, rows, softmax
 from .support import best as best_of
-from .support import dot as product
 
 CAP, LEAST, SINKS, RECENT, W = 12, 5, 1, 2, 4
 RHO, LAMBDA, TAU = 0.8, 0.6, 9.0
@@ -103,11 +102,7 @@ class Head:
 
     def attention(self, t: int, slots: list[int]) -> dict[int, float]:
         """The group's mean attention of query t."""
-        row, h = self.row, self.h
-        each = [
-            softmax([product(row.q[h][g][t], row.k[h][i]) * row.scale for i in slots])
-            for g in row.groups
-        ]
+        each = [self.row.attention_to(slots, self.h, g, t) for g in self.row.groups]
         return {i: mean(a[j] for a in each) for j, i in enumerate(slots)}
 
     def fill(self, n: int) -> None:

@@ -25,7 +25,6 @@ from .support import (
     assert_close,
     best,
     cosine,
-    dot,
     draw,
     expected,
     kept,
@@ -34,7 +33,6 @@ from .support import (
     rows,
     scores,
     shared,
-    softmax,
     table,
     turned,
 )
@@ -144,7 +142,7 @@ class Head:
         row, h = self.row, self.h
         self.slots.append(t)
         for g in row.groups:
-            weights = softmax([dot(row.q[h][g][t], row.k[h][i]) * row.scale for i in self.slots])
+            weights = row.attention_to(self.slots, h, g, t)
             for i, weight in zip(self.slots, weights, strict=True):
                 self.received[i] = self.received.get(i, 0.0) + weight / len(row.groups)
 

@@ -22,7 +22,7 @@ from .support import (
     from_attention,
     kept,
     mean,
-    neighbours,
+    pooled,
     rows,
     scores,
     table,
@@ -43,9 +43,9 @@ def local(row: Row, h: int) -> Vector:
 
 def mixed(merged: Vector, row: Row, h: int, share: float, kernel: int = 1) -> Vector:
     repeated = redundancy(row.k[h])[: len(merged)]
-    pooled = [max(neighbours(merged, i, kernel)) for i in range(len(merged))]
+    widened = pooled(merged, kernel, max)
     return [
-        share * p - (1 - share) * r / max(repeated) for p, r in zip(pooled, repeated, strict=True)
+        share * p - (1 - share) * r / max(repeated) for p, r in zip(widened, repeated, strict=True)
     ]
 
 
@@ -205,8 +205,8 @@ def test_pooling_and_normalisation(pooling: str, normalise: bool) -> None:
         if normalise:
             fresh = [x / max(fresh) for x in fresh]
             repeated = [x / max(repeated) for x in repeated]
-        pooled = [join(neighbours(fresh, i, 3)) for i in range(len(fresh))]
-        return [0.5 * p - 0.5 * r for p, r in zip(pooled, repeated, strict=True)] + [0.0] * W
+        widened = pooled(fresh, 3, join)
+        return [0.5 * p - 0.5 * r for p, r in zip(widened, repeated, strict=True)] + [0.0] * W
 
     assert_close(scores(layer, made), expected(layer, formula), cut=W)
     assert made.scorer is not None

@@ -21,10 +21,8 @@ from .support import (
     real_only,
     rows,
     scores,
-    softmax,
     table,
 )
-from .support import dot as product
 
 
 def formula(row: Row, h: int) -> Vector:
@@ -110,7 +108,7 @@ class Head:
         row, h = self.row, self.h
         self.slots.append(t)
         for g in row.groups:
-            weights = softmax([product(row.q[h][g][t], row.k[h][i]) / 2 for i in self.slots])
+            weights = row.attention_to(self.slots, h, g, t)
             for i, weight in zip(self.slots, weights, strict=True):
                 self.sums[i] = self.sums.get(i, 0.0) + weight / len(row.groups)
         for i in self.slots:

@@ -18,7 +18,7 @@ from kvsieve.hashing import code_dtype, hamming, packed, sign_bits
 from kvsieve.sketch import gaussian
 
 from .allocations import Allocations
-from .support import Layer, Row, Run, dot, draw, rows, softmax, table
+from .support import Layer, Row, Run, dot, draw, rows, table
 
 SINKS, RECENT, M = 2, 3, 9
 
@@ -117,9 +117,9 @@ def test_a_decode_step_attends_to_what_is_left_and_to_itself() -> None:
             held = run.kept()[0][h]
             assert len(held) == M and held[-1] == t
             for g in row.groups:
-                logits = [dot(row.q[h][g][t], row.k[h][i]) * row.scale for i in held]
+                weights = row.attention_to(held, h, g, t)
                 want = [
-                    sum(w * row.v[h][i][d] for w, i in zip(softmax(logits), held, strict=True))
+                    sum(w * row.v[h][i][d] for w, i in zip(weights, held, strict=True))
                     for d in range(4)
                 ]
                 assert out[0, h, g, 0].tolist() == pytest.approx(want, abs=1e-5)

@@ -23,8 +23,8 @@ from .support import (
     expected,
     kept,
     mean,
-    neighbours,
     norm,
+    pooled,
     rows,
     scores,
     table,
@@ -62,7 +62,7 @@ def selection(row: Row, h: int, budget: int, share: float, kernel: int = 1) -> l
     first = budget - round((1 - share) * budget)
     chosen = set(safe) | set(best(redundancy(row, h), max(first, len(safe)), safe))
     sizes = [norm(v) for v in row.v[h]]
-    smooth = [mean(neighbours(sizes, i, kernel)) for i in range(row.n)]
+    smooth = pooled(sizes, kernel)
     return best(smooth, budget, chosen)
 
 

@@ -23,9 +23,10 @@ from .support import (
     expected,
     from_attention,
     kept,
+    long_layer,
     mean,
-    neighbours,
     norm,
+    pooled,
     project,
     rows,
     scores,
@@ -65,10 +66,6 @@ def products(
     merge = sum if gqa == "per_head_sum" else mean
     p = [merge(x) for x in zip(*each, strict=True)]
     return pooled(p, kernel) if smooth == "score" else p
-
-
-def pooled(xs: Vector, kernel: int) -> Vector:
-    return [mean(neighbours(xs, i, kernel)) for i in range(len(xs))]
 
 
 def normalised(layer: Layer, kernel: int, gqa: str, smooth: str = "column") -> list[list[Vector]]:
@@ -166,20 +163,16 @@ def test_blocks_change_nothing(gqa: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("gqa", GROUPINGS)
 def test_scoring_32k_slots_takes_less_than_the_layer(gqa: str) -> None:
     """Whole, the window's attention alone would be as large as the layer's keys and values."""
-    made = torch.Generator().manual_seed(16)
-    shape = (1, 4, 1 << 15, 32)
-    keys, values = (torch.randn(shape, generator=made) for _ in range(2))
-    queries = torch.randn(1, 4, 2, 32, 32, generator=made)
-    layer = Layer(queries=queries, keys=keys, values=values, w_o=torch.randn(4, 2, 32, 64))
+    layer = long_layer(G=2, queries=32, seed=16)
     scorer = kvsieve.recipe("laprox", budget=1000, gqa=gqa).scorer
     assert scorer is not None
     step, store = table(layer, scorer)
     # The prompt's other queries are gone; positions of the 32 that are left are the last ones.
     step = replace(step, positions=step.positions[:, -32:])
-    with Allocations([*store.table.tensors(), queries]) as made_here:
+    with Allocations([*store.table.tensors(), layer.queries]) as made_here:
         score = scorer.score(step, store)
-    assert score.shape == shape[:3]
-    assert made_here.peak <= 4 * (keys.numel() + values.numel())
+    assert score.shape == layer.keys.shape[:3]
+    assert made_here.peak <= 4 * (layer.keys.numel() + layer.values.numel())
     assert made_here.held <= 2 * 4 * score.numel()
 
 

@@ -20,10 +20,10 @@ from .support import (
     draw,
     from_attention,
     kept,
-    mean,
-    neighbours,
+    long_layer,
     rows,
     table,
+    window_attention,
 )
 
 W, SINKS, KERNEL, BUDGET = 3, 2, 3, 9
@@ -32,13 +32,6 @@ W, SINKS, KERNEL, BUDGET = 3, 2, 3, 9
 def recipe(budget: int = BUDGET, **options: Any) -> kvsieve.Recipe:
     small = {"window": W, "kernel": KERNEL, "sinks": SINKS, "rank": 2}
     return kvsieve.recipe("momentkv", budget=budget, **(small | options))
-
-
-def attention(row: Row, h: int) -> Vector:
-    """Mean attention of the window's queries, pooled over the slots before it."""
-    seen = [row.attention(h, g, t) for g in row.groups for t in range(row.n - W, row.n)]
-    raw = [mean(a[i] for a in seen) for i in range(row.n - W)]
-    return [mean(neighbours(raw, i, KERNEL)) for i in range(len(raw))]
 
 
 def left_over(
@@ -82,7 +75,7 @@ def evict(
         v=[],
         scale=row.scale,
     )
-    weight = dict(zip(slots, attention(part, 0), strict=False))
+    weight = dict(zip(slots, window_attention(part, 0, W, KERNEL), strict=False))
     safe = {*range(SINKS), *slots[-W:]}
     before = len(slots)
     for done in range(1, rounds + 1):
@@ -185,21 +178,17 @@ def test_summaries_of_stretches_are_finer() -> None:
 
 
 def test_compressing_32k_slots_takes_about_as_much_as_the_layer() -> None:
-    made = torch.Generator().manual_seed(6)
-    shape = (1, 4, 1 << 15, 32)
-    keys, values = (torch.randn(shape, generator=made) for _ in range(2))
-    queries = torch.randn(1, 4, 2, 8, 32, generator=made)
-    layer = Layer(queries=queries, keys=keys, values=values)
+    layer = long_layer(G=2, queries=8, seed=6)
     made_recipe = kvsieve.recipe("momentkv", budget=1000, window=8)
     assert made_recipe.scorer is not None
     step, store = table(layer, made_recipe.scorer)
     store.summarise = made_recipe.summarise
-    scores = torch.rand(shape[:3], generator=made)
+    scores = torch.rand(layer.keys.shape[:3])
     with Allocations([*store.table.tensors(), scores]) as made_here:
         made_recipe.compressor.compress(step, store, scores, torch.full((1, 4), 1000))
     assert store.counts.tolist() == [[1000] * 4]
     # Half of the layer is copied by the first round; blocks are a quarter of a table each.
-    assert made_here.peak <= 1.5 * 4 * (keys.numel() + values.numel())
+    assert made_here.peak <= 1.5 * 4 * (layer.keys.numel() + layer.values.numel())
 
 
 @pytest.mark.parametrize(

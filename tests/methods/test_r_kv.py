@@ -21,7 +21,7 @@ from .support import (
     expected,
     kept,
     mean,
-    neighbours,
+    pooled,
     rows,
     scores,
     softmax,
@@ -53,8 +53,8 @@ def importance(row: Row, h: int) -> Vector:
 def formula(row: Row, h: int, kernel: int = 5, share: float = 0.1) -> Vector:
     local = importance(row, h)
     repeated = redundancy(row.k[h])
-    pooled = [max(neighbours(local, i, kernel)) for i in range(len(local))]
-    z = [share * p - (1 - share) * r for p, r in zip(pooled, repeated, strict=False)]
+    widened = pooled(local, kernel, max)
+    z = [share * p - (1 - share) * r for p, r in zip(widened, repeated, strict=False)]
     return z + [0.0] * W
 
 

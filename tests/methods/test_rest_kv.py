@@ -26,6 +26,7 @@ from .support import (
     expected,
     from_attention,
     kept,
+    long_layer,
     mean,
     norm,
     project,
@@ -214,20 +215,16 @@ def test_blocks_change_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("form", ["code", "paper"])
 def test_scoring_32k_slots_takes_about_as_much_as_the_layer(form: str) -> None:
     """Whole, the window's attention alone would be as large as the layer's keys and values."""
-    made = torch.Generator().manual_seed(16)
-    shape = (1, 4, 1 << 15, 32)
-    keys, values = (torch.randn(shape, generator=made) for _ in range(2))
-    queries = torch.randn(1, 4, 4, 32, 32, generator=made)
-    layer = Layer(queries=queries, keys=keys, values=values, w_o=torch.randn(4, 4, 32, 64))
+    layer = long_layer(G=4, queries=32, seed=16)
     scorer = kvsieve.recipe("rest-kv", budget=1000, form=form).scorer
     assert scorer is not None
     step, store = table(layer, scorer)
     # The prompt's other queries are gone; positions of the 32 that are left are the last ones.
     step = replace(step, positions=step.positions[:, -32:], budgets=torch.tensor([1000]))
-    with Allocations([*store.table.tensors(), queries]) as made_here:
+    with Allocations([*store.table.tensors(), layer.queries]) as made_here:
         score = scorer.score(step, store)
-    assert score.shape == shape[:3]
-    assert made_here.peak <= 4 * (keys.numel() + values.numel())
+    assert score.shape == layer.keys.shape[:3]
+    assert made_here.peak <= 4 * (layer.keys.numel() + layer.values.numel())
 
 
 def test_turning_the_output_changes_nothing() -> None:

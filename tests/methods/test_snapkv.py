@@ -17,25 +17,17 @@ from .support import (
     from_attention,
     kept,
     mean,
-    neighbours,
     scores,
+    window_attention,
 )
 
 W = 3
 
 
 def formula(row: Row, h: int, kernel: int, pooling: str) -> Vector:
-    per_head = []
-    for g in row.groups:
-        seen = [row.attention(h, g, t) for t in range(row.n - W, row.n)]
-        before = [mean(a[i] for a in seen) for i in range(row.n - W)]
-        pooled = before
-        if pooling == "avg":
-            pooled = [mean(neighbours(before, i, kernel)) for i in range(row.n - W)]
-        if pooling == "max":
-            pooled = [max(neighbours(before, i, kernel)) for i in range(row.n - W)]
-        per_head.append(pooled)
-    return [mean(x) for x in zip(*per_head, strict=True)] + [0.0] * W
+    how = max if pooling == "max" else mean
+    size = 1 if pooling == "none" else kernel
+    return window_attention(row, h, W, size, how) + [0.0] * W
 
 
 @pytest.mark.parametrize(

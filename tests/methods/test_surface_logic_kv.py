@@ -19,7 +19,7 @@ from kvsieve.errors import RecipeError, UnsupportedLayout
 from kvsieve.interfaces import Round
 from kvsieve.shares import Shares, divide
 
-from .support import Layer, Run, Vector, best, draw, mean, neighbours, rows
+from .support import Layer, Run, Vector, best, draw, mean, rows, window_attention
 
 W, KERNEL, BUDGET = 3, 3, 9
 Tables = list[list[float]]
@@ -93,13 +93,7 @@ def test_budgets_and_kept_sets(options: dict[str, Any], tmp_path: Path) -> None:
 
 def snapkv(layer: Layer, b: int, h: int, kernel: int = KERNEL) -> Vector:
     """Window attention, max-pooled, averaged over the group; zeros for the window."""
-    row = rows(layer)[b]
-    heads = []
-    for g in row.groups:
-        seen = [row.attention(h, g, t) for t in range(row.n - W, row.n)]
-        raw = [mean(a[i] for a in seen) for i in range(row.n - W)]
-        heads.append([max(neighbours(raw, i, kernel)) for i in range(len(raw))])
-    return [mean(x) for x in zip(*heads, strict=True)] + [0.0] * W
+    return window_attention(rows(layer)[b], h, W, kernel, max) + [0.0] * W
 
 
 def test_taken_from_the_prompt() -> None:

@@ -10,7 +10,6 @@ from .support import (
     Vector,
     assert_close,
     best,
-    dot,
     draw,
     expected,
     from_attention,
@@ -18,7 +17,6 @@ from .support import (
     mean,
     rows,
     scores,
-    softmax,
 )
 
 
@@ -61,11 +59,7 @@ def test_drops_the_least_attended_at_each_decode_step() -> None:
     for t in range(6, 20):
         run.feed(layer.part(t, t + 1))
         slots.append(t)
-        heads = [
-            softmax([dot(row.q[h][g][t], row.k[h][i]) * row.scale for i in slots])
-            for h in row.heads
-            for g in row.groups
-        ]
+        heads = [row.attention_to(slots, h, g, t) for h in row.heads for g in row.groups]
         received = [mean(weights[j] for weights in heads) for j in range(len(slots))]
         slots.pop(received.index(min(received[:-1])))
         assert run.kept() == [[slots, slots]]
