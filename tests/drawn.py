@@ -11,17 +11,18 @@ SIZES = {"heads": 2, "group": 2, "head_dim": 16}
 
 
 class Drawn(Statistics):
-    """Random numbers for any layer, the same ones each time."""
+    """The same random numbers each time, for any layer; ``sizes``: unlike a tiny model's."""
 
-    def __init__(self) -> None:
+    def __init__(self, **sizes: int) -> None:
         super().__init__(tensors={}, identity=None, source="drawn")
+        object.__setattr__(self, "sizes", SIZES | sizes)
 
     def require(self, *names: str) -> None:
         """Have everything."""
 
     def of(self, name: str, ordinal: int, device: torch.device) -> Tensor:
         made = torch.Generator().manual_seed(100 * ordinal + list(TENSORS).index(name))
-        shape = [SIZES[size] for size in TENSORS[name]]
+        shape = [self.sizes[size] for size in TENSORS[name]]
         x = torch.randn(shape, generator=made)
         if name == "query_covariance":
             x = x @ x.transpose(-1, -2) / 16

@@ -191,11 +191,11 @@ def projected_norm(step: Step, store: Store, summed: bool = False) -> Tensor:
 
 def projected_l1(step: Step, store: Store) -> Tensor:
     """Return the group mean of ``||v W_O||_1``, ``[B, H, S]`` in fp32, in blocks of slots."""
-    w_o = step.w_o.float()  # [H, G, Dv, C]
-    values = store.values.float()
+    w_o, values = step.w_o.float(), store.values  # [H, G, Dv, C]
     B, H, S, _ = values.shape
-    out = values.new_empty(B, H, S)
-    for s0, s1 in query_blocks(S, B * H * w_o.shape[-1]):
-        norms = [(values[:, :, s0:s1] @ w_o[:, g]).abs().sum(-1) for g in range(w_o.shape[1])]
+    out = torch.empty(B, H, S, device=values.device)
+    for s0, s1 in query_blocks(S, B * H * w_o.shape[-1], layer_block(values)):
+        block = values[:, :, s0:s1].float()
+        norms = [(block @ w_o[:, g]).abs_().sum(-1) for g in range(w_o.shape[1])]
         out[:, :, s0:s1] = torch.stack(norms).mean(0)
     return out
