@@ -36,7 +36,7 @@ BUDGET = S // 16
 # (leverage solves in fp64); and by those that look at all queries, in blocks of a fixed size
 # (64 MiB in fp32, here as much as the layer), of which a masked softmax needs four.
 BESIDE, ALL_KEYS, ALL_QUERIES = 2.0, 4.0, 5.0
-AT_ONCE = ("compactor", "distinct-keys", "g-kv", "keydiff", "leverage", "r-kv")
+AT_ONCE = ("compactor", "distinct-keys", "g-kv", "keydiff", "leverage", "r-kv", "threshold")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dbudgetkv": {"whole": 0},
