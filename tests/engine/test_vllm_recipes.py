@@ -8,9 +8,10 @@ import pytest
 
 import kvsieve
 from kvsieve.columns import ColumnSchedule
-from kvsieve.engines.vllm.effective import NEAREST, effective
+from kvsieve.engines.vllm.effective import _WHY_NOT, NEAREST, SHOWN, effective
 from kvsieve.engines.vllm.settings import Settings
 from kvsieve.errors import BudgetError, EngineError, RecipeError, UnsupportedSignal
+from kvsieve.interfaces import Signal
 from kvsieve.registry import methods
 
 ABLE = [name for name, entry in methods().items() if "vllm" in entry.engines]
@@ -71,6 +72,9 @@ def test_snapkv_leaves_decoding_alone_as_in_its_paper() -> None:
         ("distinct-keys", {"history": 1.0}, UnsupportedSignal, "attention sums.*history=0"),
         ("h2o", {}, UnsupportedSignal, "attention sums.*tova or g-kv"),
         ("kvzip", {}, UnsupportedSignal, "replay of the prompt.*Nearest"),
+        ("keydiff", {"rerotate": True}, UnsupportedSignal, "re-rotation.*of their tokens"),
+        ("conf-kv", {}, UnsupportedSignal, "attention sums"),
+        ("hash-evict", {}, UnsupportedSignal, "eviction before attention.*in one call"),
         ("keydiff", {"layout": "ragged"}, RecipeError, "layout='ragged'"),
         ("compactor", {}, RecipeError, "not been checked in vLLM.*leverage"),
         ("keydiff", {"schedule": "every:128"}, RecipeError, "leaves the prompt whole"),
@@ -82,6 +86,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(
 ) -> None:
     with pytest.raises(error, match=f"(?s){says}"):
         made(method, **options)
+
+
+def test_every_signal_is_shown_or_its_refusal_says_why() -> None:
+    assert set(Signal) == SHOWN | set(_WHY_NOT) and not SHOWN & set(_WHY_NOT)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ SHOWN = frozenset({Signal.QUERY_WINDOW, Signal.VALUES, Signal.PRE_ROPE, Signal.W
 _WHY_NOT = {
     Signal.ATTENTION_SUMS: "vLLM's kernels don't give the attention of every query",
     Signal.REPLAY: "vLLM can't repeat a prompt to its own cache",
+    Signal.REROTATION: "vLLM stores keys at the positions of their tokens",
+    Signal.STATISTICS: "a model's workers are not given a file of its statistics so far",
+    Signal.LOGITS: "logits are made after all layers have attended, often on another worker",
+    Signal.BEFORE_ATTEND: "vLLM's kernels store a token and attend in one call",
 }
 
 NEAREST = {
