@@ -33,6 +33,9 @@ def config(**changes: Any) -> Any:
             runner_type="generate",
             get_total_num_kv_heads=lambda: 4,
         ),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(name="FULL_AND_PIECEWISE")
+        ),
         speculative_config=None,
         kv_transfer_config=None,
     )
@@ -66,6 +69,10 @@ def test_nothing_special_is_fine() -> None:
         ({"model_config__is_hybrid": True}, "hybrid models"),
         ({"model_config__is_encoder_decoder": True}, "cross-attention"),
         ({"model_config__runner_type": "pooling"}, "nothing to generate"),
+        (
+            {"compilation_config__cudagraph_mode": SimpleNamespace(name="FULL_DECODE_ONLY")},
+            "full CUDA graphs.*PIECEWISE",
+        ),
         ({"cache_config__cache_dtype": "fp8_e4m3"}, "quantized KV cache"),
         ({"cache_config__cache_dtype": "int8_per_token_head"}, "quantized KV cache"),
         ({"cache_config__kv_offloading_size": 4.0}, "KV offloading"),
