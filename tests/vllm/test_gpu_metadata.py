@@ -147,7 +147,11 @@ def test_full_graphs_are_refused_by_name(mode: str) -> None:
             tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1
         ),
         model_config=SimpleNamespace(
-            use_mla=False, is_hybrid=False, is_encoder_decoder=False, runner_type="generate"
+            use_mla=False,
+            is_hybrid=False,
+            is_encoder_decoder=False,
+            runner_type="generate",
+            get_total_num_kv_heads=lambda: 4,
         ),
         compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
         speculative_config=None,
