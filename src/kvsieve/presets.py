@@ -28,7 +28,6 @@ PRESETS = {
     "auto:document": Preset(
         method="distinct-keys",
         purpose="a long document that is asked about later",
-        options={"adaptive": True, "kernel": 3},
     ),
     "auto:reasoning": Preset(
         method="distinct-keys",
