@@ -28,34 +28,33 @@ from kvsieve.reference import load
 from kvsieve.reference.loader import folder
 from kvsieve.registry import methods
 
-# KnormPress as in kvpress: keys of small norm stay, once, after the first forward.
+# KnormPress as in kvpress: keys of small norm stay, once, after the first forward. The others stand
+# for a process that ends, and for cuts while decoding.
 STAND_IN = """
+import os
 from contextlib import contextmanager
+@contextmanager
+def after_attention(model, cut):
+    def hook(module, args, kwargs, output):
+        cut(module.layer_idx, kwargs["past_key_values"].layers[module.layer_idx])
+    layers = model.model.layers
+    hooks = [x.self_attn.register_forward_hook(hook, with_kwargs=True) for x in layers]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 class KnormPress:
     def __init__(self, compression_ratio):
         self.compression_ratio = compression_ratio
-    @contextmanager
     def __call__(self, model):
-        def cut(module, args, kwargs, output):
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
+        def cut(number, layer):
             n = max(1, int(layer.keys.shape[2] * (1 - self.compression_ratio)))
             index = (-layer.keys.norm(dim=-1)).topk(n, dim=-1).indices[..., None]
             index = index.expand(-1, -1, -1, layer.keys.shape[-1])
             layer.keys = layer.keys.gather(2, index)
             layer.values = layer.values.gather(2, index)
-        hooks = [
-            layer.self_attn.register_forward_hook(cut, with_kwargs=True)
-            for layer in model.model.layers
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-"""
-
-DECODING = """
-import os
+        return after_attention(model, cut)
 class StreamingLLMPress:
     def __init__(self, compression_ratio, n_sink):
         self.compression_ratio = compression_ratio
@@ -64,24 +63,14 @@ class StreamingLLMPress:
 class DecodingPress:
     def __init__(self, base_press, compression_interval, target_size):
         self.base_press, self.interval, self.size = base_press, compression_interval, target_size
-    @contextmanager
     def __call__(self, model):
         steps = [0] * len(model.model.layers)
-        def cut(module, args, kwargs, output):
-            layer = kwargs["past_key_values"].layers[module.layer_idx]
-            steps[module.layer_idx] += 1
-            if steps[module.layer_idx] % self.interval == 0 and layer.keys.shape[2] > self.size:
+        def cut(number, layer):
+            steps[number] += 1
+            if steps[number] % self.interval == 0 and layer.keys.shape[2] > self.size:
                 layer.keys = layer.keys[:, :, -self.size:].clone()
                 layer.values = layer.values[:, :, -self.size:].clone()
-        hooks = [
-            layer.self_attn.register_forward_hook(cut, with_kwargs=True)
-            for layer in model.model.layers
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        return after_attention(model, cut)
 """
 
 
@@ -93,7 +82,7 @@ def loaded() -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
     at = tmp_path_factory.mktemp("peer")
-    (at / "kvpress.py").write_text(STAND_IN + DECODING)
+    (at / "kvpress.py").write_text(STAND_IN)
     facts = at / "kvpress-0.5.5.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: kvpress\nVersion: 0.5.5\n")

@@ -212,24 +212,20 @@ def check_kind(
 
 
 def _print(group: list[Row]) -> None:
+    from kvsieve.bench.quality.rows import asked_options
+
     first = group[0]
     budgets = list(dict.fromkeys(row["budget"] for row in group if row["budget"] is not None))
     made = table("method", "full", *budgets, right=("full", *budgets), whole=("method",))
-    for _, same in groupby(group, lambda row: (row["method"], _options(row))):
+    for _, same in groupby(group, lambda row: (row["method"], asked_options(row))):
         scores = {row["budget"]: row for row in same}
         first_of = next(iter(scores.values()))
         cells = [_score(scores[b]) if b in scores else "" for b in (None, *budgets)]
-        made.add_row(" ".join([first_of["method"], _options(first_of)]).strip(), *cells)
+        made.add_row(" ".join([first_of["method"], asked_options(first_of)]).strip(), *cells)
     out = console()
     length, n = first["length"], first["n"]
     out.print(f"\n{first['task']}, {first['setting']}: exact, {n} prompts of {length} tokens")
     out.print(made)
-
-
-def _options(row: Row) -> str:
-    """Return the options that were asked for, as in ``METHOD:OPTION=VALUE``."""
-    common = {"method", "budget", *(("schedule", "recent") if row["setting"] == "decode" else ())}
-    return " ".join(f"{k}={v}" for k, v in row["recipe"].items() if k not in common)
 
 
 def _score(row: Row) -> str:

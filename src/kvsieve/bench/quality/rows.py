@@ -49,6 +49,12 @@ def key(row: Row, names: tuple[str, ...] = IDENTITY) -> str:
     return json.dumps([row[name] for name in names], sort_keys=True)
 
 
+def asked_options(row: Row) -> str:
+    """Return the options that were asked for, as in ``METHOD:OPTION=VALUE``."""
+    common = {"method", "budget", *(("schedule", "recent") if row["setting"] == "decode" else ())}
+    return " ".join(f"{k}={v}" for k, v in row["recipe"].items() if k not in common)
+
+
 def read(path: Path, kind: str = KIND, version: int = VERSION) -> list[Row]:
     """Return a file's rows; a line that a killed run left unfinished is skipped.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvsieve.bench.intervals import paired_difference
+from kvsieve.bench.quality.rows import asked_options
 from kvsieve.bench.rows import Row
 
 _PROMPTS = ("task", "task_version", "setting", "length", "seed", "n", "weights")
@@ -75,9 +76,7 @@ def _best_cells(ours: Row, theirs: Row) -> tuple[str, ...]:
 
 
 def _name(row: Row) -> str:
-    common = {"method", "budget", *(("schedule", "recent") if row["setting"] == "decode" else ())}
-    asked = {name: value for name, value in row["recipe"].items() if name not in common}
-    return " ".join([row["method"], *(f"{name}={value}" for name, value in asked.items())])
+    return f"{row['method']} {asked_options(row)}".strip()
 
 
 def _cells(ours: Row, theirs: Row) -> tuple[str, ...]:
