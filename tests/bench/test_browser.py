@@ -98,7 +98,7 @@ def test_a_tab_shows_its_budget_alone(opened: Any) -> None:
 
 
 def test_a_legend_hides_its_line(opened: Any) -> None:
-    (section, *_) = all_of(opened, "main section[id^=s]")
+    (section, *_) = all_of(opened, "main section:has(button.series)")
     button = section.find_element("css selector", "button.series")
     line = section.find_element(
         "css selector", f"figure [id*='-series{button.get_attribute('data-series')}-']"
