@@ -21,6 +21,7 @@ from kvsieve.bench.report import (
 )
 from kvsieve.bench.report.aggregate import front, sections
 from kvsieve.bench.report.check import ResultsError
+from kvsieve.bench.report.recommend import recommend
 from kvsieve.cli import app
 
 from .test_report import row
@@ -140,8 +141,15 @@ def test_kvpress_stands_beside_the_same_cells(tmp_path: Path) -> None:
     assert table is not None
     ((*_, ours, theirs, apart, kept),) = [[cell.text for cell in cells] for cells in table.rows]
     assert (ours, theirs, kept) == ("0.50", "0.70", "10% / 9%") and apart.startswith("-0.20")
+    (best,) = others.winners(reading.read(tmp_path)).rows  # type: ignore[union-attr]
+    assert [cell.text for cell in best][3:7] == ["snapkv", "0.50", "snapkv", "0.70"]
+    # A recipe of kvsieve is recommended, though kvpress's keeps less and answers more.
+    advice = recommend(reading.read(tmp_path), rows[0]["task"], max_loss=0.5)
+    assert advice.considered == 1 and advice.holds is not None
+    assert advice.holds.rows[0]["engine"] == "transformers"
     (tmp_path / "quality.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert others.peers(reading.read(tmp_path)) is None
+    assert others.winners(reading.read(tmp_path)) is None
 
 
 def test_fidelity_rows_become_a_table(tmp_path: Path) -> None:

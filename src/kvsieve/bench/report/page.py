@@ -59,6 +59,7 @@ def render(
         kept=traces.table(kept) if kept else None,
         pictures=[(traces.title(row), Markup(traces.picture(row))) for row in kept],
         others={
+            "The best of kvsieve and of kvpress": others.winners(results),
             "kvpress on the same prompts": others.peers(results),
             "Fidelity": others.fidelity(fidelity) if fidelity else None,
         },

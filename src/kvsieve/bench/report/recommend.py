@@ -79,12 +79,14 @@ def recommend(
     """Return the smallest mean bytes kept for which a loss above ``max_loss`` is ruled out.
 
     Every setting must hold by itself. A method counts only where it has rows of all settings and
-    lengths, none of them failed: else it would be compared on easier prompts.
+    lengths, none of them failed: else it would be compared on easier prompts. kvpress's rows are
+    there for comparison, not to choose from.
 
     Raises:
         ResultsError: a task, setting or model without rows, or rows of several setups.
     """
-    rows = _asked(results.everything, task, setting, model)
+    ours = [row for row in results.everything if row["engine"] != "kvpress"]
+    rows = _asked(ours, task, setting, model)
     needed = {(row["setting"], row["length"]) for row in rows}
     left_out: dict[str, str] = {}
     complete: list[Candidate] = []
