@@ -18,6 +18,7 @@ import pytest
 import kvsieve
 from kvsieve.bench import rows, served
 from kvsieve.bench.serving import IDENTITY, KIND, VERSION, Load, identity
+from kvsieve.cli.bench_serve import single_load
 from kvsieve.cli.serve import plugin_config, server_command, split_model
 from kvsieve.engines.vllm.settings import Settings
 
@@ -137,6 +138,14 @@ def test_loads_are_read_and_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     for bad in ("16", "0x200+600", "16x200", "16x200+600,", "16x200+-1"):
         called = call("bench", "serve", "--methods", "full", "--load", bad)
         assert called.code == 2 and "16x200+600" in called.err, called.err
+
+
+def test_a_single_load_may_be_given_in_parts() -> None:
+    parts = {"--requests": None, "--prompt": 50, "--output": None}
+    assert single_load(None, parts) == "16x50+600"
+    assert single_load(["2x3+4"], dict.fromkeys(parts)) == "16x200+600"  # not asked for
+    called = call("bench", "serve", "--load", "1x2+3", "--output", "9")
+    assert called.code == 2 and "--output and --load" in called.err, called.err
 
 
 def test_bad_questions_to_two_engines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,17 @@ from kvsieve.cli.sweeps import Row
 _SAME = ("load", "model", "kv_blocks", "block", "chunk", "dtype", "threads", "round", "cpu")
 """What rows have in common that can be compared with each other."""
 
+_LOAD = {"--requests": 16, "--prompt": 200, "--output": 600}
+
+
+def _part(text: str) -> Any:
+    return typer.Option(help=text, show_default=False, min=1)
+
+
+Requests = Annotated[int | None, _part("Requests of a single load; otherwise 16.")]
+Prompt = Annotated[int | None, _part("Tokens of its prompts; otherwise 200.")]
+Output = Annotated[int | None, _part("Tokens of its answers; otherwise 600.")]
+
 
 def serve(
     methods: Annotated[
@@ -38,6 +49,9 @@ def serve(
             show_default="16x200+600",
         ),
     ] = None,
+    requests: Requests = None,
+    prompt: Prompt = None,
+    output: Output = None,
     chunk: Annotated[int, typer.Option(help="Most tokens in one step.")] = 2048,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
@@ -67,13 +81,14 @@ def serve(
         _show(found, json)
         return
     configs = configs_of(methods, budget, set_ or [], policy)
+    single = single_load(load, {"--requests": requests, "--prompt": prompt, "--output": output})
     try:
         loads = [
             Load(
                 model=_model(model), load=one, kv_blocks=kv_blocks, block=block, chunk=chunk,
                 dtype=dtype, threads=threads,
             )
-            for one in load or ["16x200+600"]
+            for one in load or [single]
         ]  # fmt: skip
     except ValueError as error:
         raise BadInput(f"--load {error}") from error
@@ -93,6 +108,19 @@ def serve(
     except RuntimeError as error:
         raise Failed(str(error)) from error
     _show(measured or list(known.values()), json)
+
+
+def single_load(load: list[str] | None, parts: dict[str, int | None]) -> str:
+    """Return the load that its parts make, as ``--load`` takes it.
+
+    Raises:
+        BadInput: parts beside ``--load``.
+    """
+    given = {name: number for name, number in parts.items() if number is not None}
+    if load and given:
+        raise BadInput(f"{', '.join(given)} and --load both say what to send: give one of them.")
+    count, read, written = (_LOAD | given).values()
+    return f"{count}x{read}+{written}"
 
 
 def configs_of(
