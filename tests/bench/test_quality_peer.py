@@ -247,7 +247,7 @@ def test_the_best_of_both_sides_meet_on_the_same_prompts() -> None:
         prompts = {"task": "walk", "task_version": 1, "setting": "decode", "length": 8, "seed": 0}
         return prompts | {
             "n": len(right), "weights": "w", "engine": engine, "method": method, "budget": "10%",
-            "recipe": {"method": method, "budget": 1, "recent": 2}, "error": None, "right": right,
+            "recipe": {"method": method, "budget": 1}, "error": None, "right": right,
             "score": sum(right) / len(right), "cache": {"bytes_kept": kept},
         } | changes  # fmt: skip
 

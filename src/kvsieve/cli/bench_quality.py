@@ -212,16 +212,16 @@ def check_kind(
 
 
 def _print(group: list[Row]) -> None:
-    from kvsieve.bench.quality.rows import asked_options
+    from kvsieve.bench.quality.rows import options_text
 
     first = group[0]
     budgets = list(dict.fromkeys(row["budget"] for row in group if row["budget"] is not None))
     made = table("method", "full", *budgets, right=("full", *budgets), whole=("method",))
-    for _, same in groupby(group, lambda row: (row["method"], asked_options(row))):
+    for _, same in groupby(group, lambda row: (row["method"], options_text(row))):
         scores = {row["budget"]: row for row in same}
         first_of = next(iter(scores.values()))
         cells = [_score(scores[b]) if b in scores else "" for b in (None, *budgets)]
-        made.add_row(" ".join([first_of["method"], asked_options(first_of)]).strip(), *cells)
+        made.add_row(" ".join([first_of["method"], options_text(first_of)]).strip(), *cells)
     out = console()
     length, n = first["length"], first["n"]
     out.print(f"\n{first['task']}, {first['setting']}: exact, {n} prompts of {length} tokens")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from kvsieve.bench import rows
-from kvsieve.bench.quality.plan import Asked, Plan
+from kvsieve.bench.quality.plan import DECODE_INTERVAL, Asked, Plan, decode_recent
 from kvsieve.bench.rows import Row
-from kvsieve.errors import RecipeError
+from kvsieve.errors import KVSieveError, RecipeError
 from kvsieve.reference.origin import weights
 from kvsieve.reference.samples import VERSION as TASK_VERSION
 
@@ -49,10 +51,31 @@ def key(row: Row, names: tuple[str, ...] = IDENTITY) -> str:
     return json.dumps([row[name] for name in names], sort_keys=True)
 
 
-def asked_options(row: Row) -> str:
+def asked_options(row: Row) -> dict[str, Any]:
+    """Return a recipe's options without method and budget, and without what a sweep adds to every
+    recipe while decoding, so that a method has one name in all settings.
+    """
+    options = {k: v for k, v in row["recipe"].items() if k not in ("method", "budget")}
+    if row["setting"] != "decode" or options.get("schedule") != f"every:{DECODE_INTERVAL}":
+        return options
+    own = {k: v for k, v in options.items() if k not in ("schedule", "recent")}
+    if options.get("recent") == _added(row["method"], json.dumps(own, sort_keys=True)):
+        return own
+    return own | {"recent": options.get("recent")}
+
+
+@cache
+def _added(method: str, options: str) -> int | float | None:
+    """Return the recent tokens that a sweep protects while decoding; None: an unknown method."""
+    try:
+        return decode_recent(method, json.loads(options))
+    except KVSieveError:
+        return None
+
+
+def options_text(row: Row) -> str:
     """Return the options that were asked for, as in ``METHOD:OPTION=VALUE``."""
-    common = {"method", "budget", *(("schedule", "recent") if row["setting"] == "decode" else ())}
-    return " ".join(f"{k}={v}" for k, v in row["recipe"].items() if k not in common)
+    return " ".join(f"{name}={value}" for name, value in asked_options(row).items())
 
 
 def read(path: Path, kind: str = KIND, version: int = VERSION) -> list[Row]:

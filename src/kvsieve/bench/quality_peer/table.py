@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvsieve.bench.intervals import paired_difference
-from kvsieve.bench.quality.rows import asked_options
+from kvsieve.bench.quality.rows import options_text
 from kvsieve.bench.rows import Row
 
 _PROMPTS = ("task", "task_version", "setting", "length", "seed", "n", "weights")
@@ -76,7 +76,7 @@ def _best_cells(ours: Row, theirs: Row) -> tuple[str, ...]:
 
 
 def _name(row: Row) -> str:
-    return f"{row['method']} {asked_options(row)}".strip()
+    return f"{row['method']} {options_text(row)}".strip()
 
 
 def _cells(ours: Row, theirs: Row) -> tuple[str, ...]:

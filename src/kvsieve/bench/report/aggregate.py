@@ -7,13 +7,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from kvsieve.bench.quality.plan import DECODE_INTERVAL, decode_recent
+from kvsieve.bench.quality.rows import asked_options
 from kvsieve.bench.report.check import Row
 from kvsieve.bench.report.reading import SETUP, as_text
-from kvsieve.errors import KVSieveError
 
 FULL = "full"
 
@@ -174,28 +172,6 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[list[Row]]:
 def variant(row: Row) -> str:
     """Return a method with its recipe, the budget left out: what makes one line of a plot."""
     return as_text([row["method"], asked_options(row)])
-
-
-def asked_options(row: Row) -> dict[str, Any]:
-    """Return a recipe's options without method and budget, and without what a sweep adds to every
-    recipe while decoding, so that a method has one name in all settings.
-    """
-    options = {k: v for k, v in row["recipe"].items() if k not in ("method", "budget")}
-    if row["setting"] != "decode" or options.get("schedule") != f"every:{DECODE_INTERVAL}":
-        return options
-    own = {k: v for k, v in options.items() if k not in ("schedule", "recent")}
-    if options.get("recent") == _added(row["method"], as_text(own)):
-        return own
-    return own | {"recent": options.get("recent")}
-
-
-@cache
-def _added(method: str, options: str) -> int | float | None:
-    """Return the recent tokens that a sweep protects while decoding; None: an unknown method."""
-    try:
-        return decode_recent(method, json.loads(options))
-    except KVSieveError:
-        return None
 
 
 def labels(rows: Iterable[Row]) -> dict[str, str]:
